@@ -1,0 +1,173 @@
+"""Per-channel moments of an activation: partials by chunk, merged in a fixed order, and tracked."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch
+from ._tiles import Rows, Tiling, tile_mask, tile_offsets
+
+# Few enough partials (64 KB for 32 channels, from L2) that merging them in every program of the
+# consumer costs less than one more launch. Not tuned on a GPU yet.
+MAX_CHUNKS = 256
+BLOCK_P = 64
+UPDATE_BLOCK_C = 256
+
+
+@triton.jit
+def merge_lanes(mean, m2, rows, count, axis: tl.constexpr):
+    """Moments over an axis of lanes that each saw `rows` values; count = sum of rows.
+
+    The mean is taken twice, the second time about the first: a mean far larger than the spread
+    then loses nothing. Weights come before squares, so that a lane without rows adds 0, not 0*inf.
+    """
+    weight = rows / count
+    center = tl.sum(mean * weight, axis)
+    center += tl.sum((mean - tl.expand_dims(center, axis)) * weight, axis)
+    spread = mean - tl.expand_dims(center, axis)
+    return center, tl.sum(m2 + spread * (rows * spread), axis)
+
+
+@triton.jit
+def merge_moments(partial_ptr, c, c_ok, M, C, P, CHUNK, BLOCK_P: tl.constexpr):
+    """Mean and biased variance [BLOCK_C] from the moments of P chunks (Chan et al. 1983).
+
+    partial_ptr: [2, P, C] fp32, each chunk's mean and its sum of squared deviations.
+    """
+    mean = tl.zeros_like(c).to(tl.float32)
+    m2 = tl.zeros_like(c).to(tl.float32)
+    count = 0.0
+    for p_start in range(0, P, BLOCK_P):
+        p = p_start + tl.arange(0, BLOCK_P)
+        ok = (p < P)[:, None] & c_ok[None, :]
+        # In 64 bits: CHUNK * p passes 2^31 where M does.
+        rows = tl.minimum(tl.maximum(M - p.to(tl.int64) * CHUNK, 0), CHUNK).to(tl.float32)[:, None]
+        offsets = p[:, None] * C + c[None, :]
+        chunk_mean = tl.load(partial_ptr + offsets, mask=ok, other=0.0)
+        chunk_m2 = tl.load(partial_ptr + P * C + offsets, mask=ok, other=0.0)
+        block_count = tl.sum(rows)
+        block_mean, block_m2 = merge_lanes(chunk_mean, chunk_m2, rows, block_count, 0)
+        total = count + block_count
+        delta = block_mean - mean
+        mean += delta * (block_count / total)
+        m2 += block_m2 + delta * (delta * (count * block_count / total))
+        count = total
+    return mean, m2 / count
+
+
+@triton.jit
+def sum_partials(partial_ptr, c, c_ok, C, P, BLOCK_P: tl.constexpr):
+    """Sum over P of a [P, C] fp32 slab, for channels c [BLOCK_C], in a fixed order."""
+    total = tl.zeros_like(c).to(tl.float32)
+    for p_start in range(0, P, BLOCK_P):
+        p = p_start + tl.arange(0, BLOCK_P)
+        ok = (p < P)[:, None] & c_ok[None, :]
+        total += tl.sum(tl.load(partial_ptr + p[:, None] * C + c[None, :], mask=ok, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def rstd_of(var, eps):
+    """1 / sqrt(var + eps), correctly rounded: it is per channel, so precision costs nothing."""
+    return 1.0 / tl.sqrt_rn(var + eps)
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr, partial_ptr, M, C, S, CHUNK,
+    x_stride_n, x_stride_s, x_stride_c,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    M_AXIS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """partial [2, P, C] fp32: mean and sum of squared deviations of each chunk of x's rows."""
+    pid, P = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < C
+    start, lanes, c_wide = pid * CHUNK, tl.arange(0, BLOCK_M), c
+    if WIDE:
+        start, lanes, c_wide = pid.to(tl.int64) * CHUNK, lanes.to(tl.int64), c.to(tl.int64)
+    end = tl.minimum(start + CHUNK, M)
+    if M_AXIS == 0:
+        mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    else:
+        mean = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
+    m2 = mean
+    seen = 0.0
+    # Welford's update in each lane of the tile by itself: nothing crosses threads in the loop.
+    for m_start in range(start, end, BLOCK_M):
+        m = m_start + lanes
+        ok = tile_mask(m < end, c_ok, M_AXIS)
+        offsets = tile_offsets(m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT)
+        x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+        seen += 1.0
+        delta = tl.where(ok, x - mean, 0.0)
+        mean += delta * (1.0 / seen)
+        m2 += delta * (x - mean)
+    # Then the lanes are merged: lane i saw every BLOCK_M-th row from start + i on.
+    rows = tl.maximum((end - start - lanes + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)
+    count = (end - start).to(tl.float32)
+    mean_c, m2_c = merge_lanes(mean, m2, tl.expand_dims(rows, 1 - M_AXIS), count, M_AXIS)
+    tl.store(partial_ptr + pid * C + c, mean_c, mask=c_ok)
+    tl.store(partial_ptr + (P + pid) * C + c, m2_c, mask=c_ok)
+
+
+@triton.jit
+def _update_running_kernel(
+    running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, mean_ptr, var_ptr,
+    C, momentum, correction, BLOCK_C: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """running += factor * (batch - running), factor = momentum or 1 / num_batches_tracked.
+
+    correction = M / (M - 1) makes the variance unbiased. One program does all channels.
+    """
+    factor = momentum
+    if num_batches_tracked_ptr is not None:
+        batches = tl.load(num_batches_tracked_ptr) + 1
+        if CUMULATIVE:
+            factor = 1.0 / batches.to(tl.float32)
+        tl.store(num_batches_tracked_ptr, batches)
+    for c_start in range(0, C, BLOCK_C):
+        c = c_start + tl.arange(0, BLOCK_C)
+        ok = c < C
+        mean = tl.load(mean_ptr + c, mask=ok, other=0.0)
+        var = tl.load(var_ptr + c, mask=ok, other=0.0) * correction
+        # The form with two products, as in PyTorch: an infinite statistic stays infinite, not NaN.
+        running = tl.load(running_mean_ptr + c, mask=ok, other=0.0).to(tl.float32)
+        running = (1.0 - factor) * running + factor * mean
+        tl.store(running_mean_ptr + c, running.to(running_mean_ptr.dtype.element_ty), mask=ok)
+        running = tl.load(running_var_ptr + c, mask=ok, other=0.0).to(tl.float32)
+        running = (1.0 - factor) * running + factor * var
+        tl.store(running_var_ptr + c, running.to(running_var_ptr.dtype.element_ty), mask=ok)
+
+
+def moments(x: torch.Tensor, rows: Rows, tiles: Tiling) -> tuple[torch.Tensor, int, int]:
+    """partial [2, P, C] fp32, P and the rows of a chunk, for merge_moments. x: as rows says."""
+    chunk, P = tiles.chunks(MAX_CHUNKS)
+    partial = x.new_empty(2, P, tiles.C, dtype=torch.float32)
+    launch(
+        _moments_kernel, (P, tiles.columns),
+        x, partial, *tiles.sizes, chunk, *rows.strides, **tiles.constexprs,
+    )  # fmt: skip
+    return partial, P, chunk
+
+
+def update_running(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    num_batches_tracked: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float | None,
+    count: int,
+) -> None:
+    """Move the running statistics [C] toward the batch's, in place.
+
+    momentum None takes the cumulative average, which needs num_batches_tracked. count: the values
+    that each of mean and (biased) var [C] fp32 was taken over.
+    """
+    launch(
+        _update_running_kernel, (1,),
+        running_mean, running_var, num_batches_tracked, mean, var,
+        mean.numel(), 0.0 if momentum is None else momentum, count / (count - 1),
+        BLOCK_C=UPDATE_BLOCK_C, CUMULATIVE=momentum is None, num_warps=4,
+    )  # fmt: skip

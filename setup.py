@@ -1,0 +1,5 @@
+"""Install the folder kernels/ as the package fastres.kernels; everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(package_dir={"fastres.kernels": "kernels"})
