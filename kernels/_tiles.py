@@ -102,14 +102,16 @@ def as_rows(t: torch.Tensor) -> tuple[torch.Tensor, Rows]:
     """t and its strides as rows; a copy of t where H and W do not merge into one stride.
 
     Every dense NCHW or NHWC tensor, any slice of one along N or C, and any expanded tensor are
-    taken as they are; a slice along W, or H and W exchanged, is copied once.
+    taken as they are; a slice along H or W, or H and W exchanged, may be copied, in the memory
+    format that PyTorch would give its result.
     """
     N, C, H, W = t.shape
     stride_n, stride_c, stride_h, stride_w = t.stride()
     if W == 1:
         stride_w = stride_h
     elif H > 1 and stride_h != W * stride_w:
-        t = t.contiguous()
+        nhwc = 0 < stride_c <= stride_w <= stride_h
+        t = t.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
         stride_n, stride_c, stride_h, stride_w = t.stride()
     S, stride_s = H * W, stride_w
     # A dimension of size 1 may have any stride; give it the one that merges.
@@ -122,8 +124,11 @@ def as_rows(t: torch.Tensor) -> tuple[torch.Tensor, Rows]:
 
 
 def channels_fastest(rows: Rows) -> bool:
-    """Whether neighbouring channels lie closer together than neighbouring rows."""
-    return rows.stride_c <= rows.stride_s
+    """Whether neighbouring channels lie closer together than neighbouring rows.
+
+    An expanded stride of 0 is no memory format of its own: NCHW then, as in PyTorch.
+    """
+    return 0 < rows.stride_c <= rows.stride_s
 
 
 def empty_dense(t: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -132,10 +137,16 @@ def empty_dense(t: torch.Tensor, rows: Rows) -> torch.Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=fmt)
 
 
-def bits_numel(t: torch.Tensor, rows: Rows) -> int:
-    """Bytes of a bitmask over t: eight channels of a row, or eight rows of a channel, to a byte."""
-    M, C = t.numel() // t.shape[1], t.shape[1]
-    return M * ((C + 7) // 8) if channels_fastest(rows) else C * ((M + 7) // 8)
+def bits_shape(t: torch.Tensor, rows: Rows) -> tuple[int, ...]:
+    """Shape of a bitmask over t: [M, ceil(C/8)], eight channels of a row to a byte, where channels
+    lie closest together, else [1, C, ceil(M/8)], eight rows of a channel to a byte.
+
+    Its dimensions say which of the two it is: t may come back to the backward in another memory
+    format than it left the forward in (save_on_cpu does that), and its strides would lie.
+    """
+    N, C, H, W = t.shape
+    M = N * H * W
+    return (M, (C + 7) // 8) if channels_fastest(rows) else (1, C, (M + 7) // 8)
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,13 @@ class Tiling:
         return tiles_each * self.BLOCK_M, triton.cdiv(tiles, tiles_each)
 
 
-def tiling(shape: torch.Size, x_rows: Rows, *others: Rows) -> Tiling:
-    """A tiling that follows x's memory and serves every tensor of this shape that is named."""
+def tiling(
+    shape: torch.Size, x_rows: Rows, *others: Rows, bits: torch.Tensor | None = None
+) -> Tiling:
+    """A tiling that follows x's memory and serves every tensor of this shape that is named.
+
+    Where there is a bitmask, it follows the order in which its bits were packed.
+    """
     N, C, H, W = shape
     S = H * W
     # Narrow blocks of channels, so that few channels still make many programs.
@@ -185,8 +201,9 @@ def tiling(shape: torch.Size, x_rows: Rows, *others: Rows) -> Tiling:
         S=S,
         BLOCK_M=TILE // BLOCK_C,
         BLOCK_C=BLOCK_C,
-        M_AXIS=0 if channels_fastest(x_rows) else 1,
+        M_AXIS=0 if (channels_fastest(x_rows) if bits is None else bits.dim() == 2) else 1,
         FLAT=all(rows.stride_n == S * rows.stride_s for rows in every),
-        # 64-bit offsets only where a tensor needs them: they cost registers.
-        WIDE=max(rows.extent for rows in every) >= 2**31,
+        # 64-bit offsets only where a tensor needs them: they cost registers. From 2^30 on, since
+        # the end of a chunk, and the rows of the last tile, pass the last element.
+        WIDE=max(N * S * C, *(rows.extent for rows in every)) >= 2**30,
     )

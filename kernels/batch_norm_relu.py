@@ -29,7 +29,7 @@ from ._moments import (
 from ._tiles import (
     MAX_PROGRAMS,
     as_rows,
-    bits_numel,
+    bits_shape,
     empty_dense,
     load_bits,
     store_bits,
@@ -233,10 +233,9 @@ def _batch_norm_relu_bwd_kernel(
             dresidual = dz.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + dx_offsets, dresidual, mask=ok)
         if dx_ptr is not None:
-            dx = scale * (dz - mean_dz - x * slope)
+            # In eval mode x has no part in dx, and a NaN or Inf in x must not either.
+            dx = scale * (dz - mean_dz - x * slope) if TRAINING else scale * dz
             tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-
-
 
 
 def empty_outputs(
@@ -245,7 +244,7 @@ def empty_outputs(
     """y, mean, var and mask for batch_norm_relu_fwd; those that it will not write are empty."""
     rows = as_rows(x)[1]
     stats = x.new_empty(x.shape[1] if training else 0, dtype=torch.float32)
-    mask = x.new_empty(bits_numel(x, rows) if masked else 0, dtype=torch.uint8)
+    mask = x.new_empty(bits_shape(x, rows) if masked else 0, dtype=torch.uint8)
     return empty_dense(x, rows), stats, torch.empty_like(stats), mask
 
 
@@ -265,15 +264,15 @@ def batch_norm_relu_fwd(
         weight, bias, running: [C] each.
     Returns:
         y as x; mean and var [C] fp32 (var biased; both empty with `running`); mask: uint8, one bit
-        an element, where there is a residual and a ReLU, else empty.
+        an element in the shape of bits_shape, where there is a residual and a ReLU, else empty.
     """
     training = running is None
+    x, x_rows = as_rows(x)
     y, mean, var, mask = empty_outputs(x, training, residual is not None and relu)
     if x.numel() == 0:
         mean.zero_()
         var.zero_()
         return y, mean, var, mask
-    x, x_rows = as_rows(x)
     y_rows, residual_rows = as_rows(y)[1], x_rows
     if residual is not None:
         residual, residual_rows = as_rows(residual)
@@ -333,8 +332,8 @@ def batch_norm_relu_bwd(
     dy, dy_rows = as_rows(dy)
     streams = needs_dx or needs_dresidual
     dx_rows = as_rows(dx if needs_dx else dresidual)[1] if streams else x_rows
-    tiles = tiling(x.shape, x_rows, dy_rows, dx_rows)
     bits = mask if mask.numel() else None
+    tiles = tiling(x.shape, x_rows, dy_rows, dx_rows, bits=bits)
     partial, P = None, 0
     if needs_dweight or needs_dbias or (needs_dx and training):
         chunk, P = tiles.chunks(MAX_CHUNKS)

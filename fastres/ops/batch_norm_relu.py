@@ -214,6 +214,11 @@ def batch_norm_relu(
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
     _check(x, running_mean, running_var, weight, bias, training, residual)
+    if momentum is None:
+        raise ValueError(
+            "momentum: expected a float, got None: a cumulative average needs a batch counter, "
+            "which BatchNormReLU2d keeps"
+        )
     return _batch_norm_relu(
         x, running_mean, running_var, None, weight, bias, training, momentum, eps, residual, relu
     )
@@ -249,8 +254,8 @@ def _batch_norm_relu(
         relu,
     )
     if training and running_mean is not None:
-        count = x.numel() // x.shape[1]
-        if count > 0:
+        if x.numel() > 0:
+            count = x.numel() // x.shape[1]
             torch.ops.fastres.batch_norm_update_stats.default(
                 running_mean, running_var, num_batches_tracked, mean, var, momentum, count
             )
@@ -276,9 +281,7 @@ def _native(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is not None or not training or running_mean is None or running_var is None:
-        z = F.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps
-        )
+        z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
     else:
         # F.batch_norm wants its factor as a float, which would break a compiled graph; with
         # momentum 1 it hands out the batch's own statistics, for a factor that stays a tensor.
@@ -321,7 +324,7 @@ def _check(
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var: needed where training=False, got None")
-    if training and x.numel() == x.shape[1]:
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel in training, got shape {list(x.shape)}"
         )

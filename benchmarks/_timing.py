@@ -1,0 +1,66 @@
+"""How the benchmarks time: medians with their spread, by well-kept timers."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, and the 20th and 80th percentile around it."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def percentiles(times_ms: Sequence[float]) -> Timing:
+    ordered = sorted(times_ms)
+    last = len(ordered) - 1
+    return Timing(
+        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    )
+
+
+def time_op(fn: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
+    """Time one op. On a GPU by events around each call, the L2 cache flushed before it.
+
+    A call shorter than its own launch shows the launch: see time_graph for those.
+    """
+    if device.type != "cuda":
+        return time_wall(fn, seconds)
+    from triton.testing import do_bench
+
+    quantiles = do_bench(
+        fn, warmup=max(int(250 * seconds), 1), rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8]
+    )
+    return Timing(*quantiles)
+
+
+def time_graph(fn: Callable[[], Any], seconds: float) -> Timing:
+    """Time one op on a GPU inside a CUDA graph: no launch cost, and a warm L2 cache."""
+    from triton.testing import do_bench_cudagraph
+
+    return Timing(*do_bench_cudagraph(fn, rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8]))
+
+
+def time_wall(fn: Callable[[], Any], seconds: float) -> Timing:
+    """Time something whose host work counts too, a training step above all, by the wall clock."""
+    measured = Timer("fn()", globals={"fn": fn}).blocked_autorange(min_run_time=seconds)
+    return percentiles([1000 * t for t in measured.times])
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """GB/s of a device-to-device copy, bytes read plus bytes written: the roof for the ops."""
+    numel = 2**28 if device.type == "cuda" else 2**24
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    timing = time_op(lambda: target.copy_(source), device, seconds)
+    return 2 * source.nbytes / timing.median_ms / 1e6

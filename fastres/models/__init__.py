@@ -1,0 +1,5 @@
+"""Models built on fastres.ops."""
+
+from fastres.models.resnet import ResNet
+
+__all__ = ["ResNet"]

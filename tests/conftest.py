@@ -1,0 +1,67 @@
+"""What every test runs under: Triton's interpreter where there is no GPU, and no stray numbers."""
+
+import os
+
+import torch
+
+# Triton reads the variable when a kernel is defined, so it is set before anything imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Derandomised, so that a red run is red again. A deadline would fail whoever shares the machine.
+settings.register_profile(
+    "default",
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    # Fixtures here (seed, NaN-filled memory, monkeypatched tiles) hold for every example alike.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# pytest --hypothesis-profile thorough
+settings.register_profile(
+    "thorough", settings.get_profile("default"), max_examples=300, derandomize=False
+)
+settings.load_profile("default")
+
+# Workers of xdist share the cores; more threads than cores slow each other down.
+torch.set_num_threads(
+    max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton's interpreter computes in NumPy, which warns wherever NaN or Inf pass.
+    config.addinivalue_line("filterwarnings", r"ignore::RuntimeWarning:triton\.runtime.*")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _every_number_accounted_for() -> Iterator[None]:
+    """Seed, and fill what torch.empty returns with NaN: an element nobody wrote then shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Filling comes only with deterministic algorithms. Only warn: on a GPU some of PyTorch's own
+    # ops that stand beside ours in a test have no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,168 @@
+"""The settings of a training run: one frozen value, from flags and a TOML file."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from errors import TrainError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a ResNet on small images, on one process or under torchrun.
+
+    torchrun --standalone --nproc_per_node gpu train/main.py --fused
+    """
+
+    config: Path | None = None
+    """TOML file of values for the flags below (train_size = 5000); a flag overrides it."""
+    fused: bool = False
+    """Use every fused op that the other flags call for."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs where there are any, else the CPU."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """fp16 and bf16: autocast; fp16 with loss scaling. fp32 means no TF32 either."""
+    channels_last: bool = True
+    """NHWC activations and weights."""
+
+    dataset: Literal["cifar10", "folder", "synthetic"] = "cifar10"
+    """cifar10: downloaded if need be. folder: any folder of class folders. synthetic: built in."""
+    data_dir: Path | None = None
+    """Where cifar10 lies or goes (./data), or the folder that --dataset folder reads."""
+    image_size: int | None = None
+    """Pixels a side: crops and resizes a folder's images; draws synthetic ones (32)."""
+    test_fraction: float | None = None
+    """Share of the images to test on, for a folder without train/ and test/."""
+    train_size: int | None = None
+    """Train on this many images only (for synthetic: draw this many)."""
+
+    depth: int = 20
+    """Weighted layers, 6n + 2."""
+    width: int = 16
+    """Channels of the first stage."""
+    block: Literal["preact", "postact"] = "preact"
+    """BatchNorm and ReLU before or after each convolution."""
+    shortcut: Literal["A", "B"] = "B"
+    """Where the shape changes: A slices and pads with zeros, B projects."""
+
+    batch_size: int = 128
+    """Images a step over all processes."""
+    epochs: int = 200
+    """Passes over the training set."""
+    lr: float = 0.1
+    """Learning rate for a batch of 128; scaled linearly with the batch size."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0, a little at each step."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: a tenth after 40 % of the epochs, and again after 80 %. cosine: down to 0."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Of SGD, on every parameter."""
+
+    seed: int = 0
+    """Of the initial weights, the order of the images, and their augmentation."""
+    deterministic: bool = False
+    """Bitwise the same run twice: deterministic algorithms only."""
+    out: Path | None = None
+    """Folder for metrics, checkpoint, curve (runs/DATASET-BLOCKDEPTH)."""
+    resume: str = "auto"
+    """auto: go on from the checkpoint in --out, if any. none: refuse such a folder. Or a path."""
+    eval_every: int = 1
+    """Epochs between evaluations on train, dev and test; the last epoch always has one."""
+
+    def __post_init__(self) -> None:
+        def need(fine: bool, name: str, wants: str) -> None:
+            if not fine:
+                flag = "--" + name.replace("_", "-")
+                raise TrainError(f"{flag} {getattr(self, name)}: expected {wants}")
+
+        need(self.depth >= 8 and (self.depth - 2) % 6 == 0, "depth", "6n + 2: 8, 14, 20, 26, ...")
+        need(self.width >= 1, "width", "1 or more")
+        need(self.batch_size >= 1, "batch_size", "1 or more")
+        need(self.epochs >= 1, "epochs", "1 or more")
+        need(0 < self.lr < float("inf"), "lr", "a positive number")
+        need(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "0 to --epochs")
+        need(0 <= self.momentum < 1, "momentum", "0 or more, under 1")
+        need(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
+        need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")
+        need(self.eval_every >= 1, "eval_every", "1 or more")
+        need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")
+        need(self.image_size is None or self.image_size >= 8, "image_size", "8 or more")
+        fraction = self.test_fraction
+        need(fraction is None or 0 < fraction < 1, "test_fraction", "more than 0, under 1")
+        folder, size = self.dataset == "folder", self.dataset != "cifar10"
+        need(not folder or self.data_dir is not None, "data_dir", "the folder of class folders")
+        need(fraction is None or folder, "test_fraction", "--dataset folder beside it")
+        need(self.image_size is None or size, "image_size", "--dataset folder or synthetic with it")
+
+    @property
+    def out_dir(self) -> Path:
+        return self.out or Path("runs") / f"{self.dataset}-{self.block}{self.depth}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON and a checkpoint hold them."""
+        values = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def parse(argv: Sequence[str], *, quiet: bool = False) -> Config:
+    """The flags in argv over the TOML file that --config names, over the defaults.
+
+    Raises:
+        TrainError: a flag, key or value that does not fit, in one line.
+        SystemExit: after --help.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Config, prog="main.py", args=[*_toml_flags(argv), *argv], console_outputs=not quiet
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        # tyro draws a box with a title; a terminal shared by several ranks wants a line.
+        lines = [line.strip(" │") for line in said.getvalue().splitlines()]
+        text = " ".join(line for line in lines if line and not re.match("[╭╰─]", line))
+        raise TrainError(text or "a flag does not fit: see --help") from None
+
+
+def _toml_flags(argv: Sequence[str]) -> list[str]:
+    """The file that --config names as flags, to stand before those of the command line."""
+    path = None
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            path = Path(argv[i + 1])
+        elif arg.startswith("--config="):
+            path = Path(arg.removeprefix("--config="))
+    if path is None:
+        return []
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainError(f"--config {path}: cannot be read ({error}); name a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TrainError(f"--config {path}: not TOML: {error}") from error
+    names = {field.name for field in dataclasses.fields(Config)} - {"config"}
+    flags: list[str] = []
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help for the names"
+            raise TrainError(f"--config {path}: unknown key {key!r}; {hint}")
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, int | float | str):
+            flags += [flag, str(value)]
+        else:
+            raise TrainError(f"--config {path}: {key} = {value!r}: expected one plain value")
+    return flags

@@ -1,0 +1,243 @@
+"""Train a ResNet on CIFAR-10, on a folder of images, or on the built-in synthetic set.
+
+torchrun --standalone --nproc_per_node gpu train/main.py --fused
+torchrun --standalone --nproc_per_node 2 train/main.py --fused --device cpu --dataset synthetic
+python train/main.py --dataset folder --data-dir DIR --train-size 5000 --epochs 5
+python train/main.py --config train/best.toml --help
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import report
+import torch
+from config import Config, parse
+from errors import TrainError
+from trainer import Trainer, fused_ops
+from workers import Workers
+
+from fastres.data import Splits, cifar10, folder, split, synthetic
+
+# What a checkpoint's model is made of; the other settings may change from one start to the next.
+_MODEL = ("depth", "width", "block", "shortcut")
+# Settings whose change needs no word.
+_SILENT = ("config", "out", "resume", "data_dir", "device", "epochs", "fused")
+
+
+def load_data(config: Config) -> Splits:
+    """The data set of a config, on the CPU.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    if config.dataset == "cifar10":
+        data = cifar10(config.data_dir or Path("data"))
+    elif config.dataset == "folder":
+        assert config.data_dir is not None  # Config has seen to it
+        data = folder(config.data_dir, config.image_size, config.test_fraction)
+    else:
+        sizes = {} if config.train_size is None else {"train_size": config.train_size}
+        data = synthetic(image_size=config.image_size or 32, **sizes)
+    return split(data, config.train_size)
+
+
+def find_checkpoint(config: Config) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Raises:
+        TrainError: it is damaged, absent or another model's, or --resume none meets one.
+    """
+    own = config.out_dir / checkpoint.NAME
+    if config.resume == "none":
+        if own.exists():
+            raise TrainError(
+                f"--out {config.out_dir}: holds a run already, and --resume none would overwrite "
+                "it; choose another --out, or --resume auto to go on with it"
+            )
+        return None
+    if config.resume == "auto" and not own.exists():
+        return None
+    path = own if config.resume == "auto" else Path(config.resume)
+    state = checkpoint.load(path)
+    then, now = state["config"], config.as_dict() | {"num_classes": state["num_classes"]}
+    for name in _MODEL:
+        if then[name] != now[name]:
+            raise TrainError(
+                f"{path}: its model has --{name} {then[name]}, this run --{name} {now[name]}; "
+                f"pass --{name} {then[name]}, or another --out"
+            )
+    return state
+
+
+def set_precision_and_determinism(config: Config) -> None:
+    """fp32 is fp32: PyTorch would let convolutions round their inputs to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # A debugging aid that comes with the flag and would fill every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def describe(
+    config: Config, workers: Workers, data: Splits, trainer: Trainer, state: dict[str, Any] | None
+) -> None:
+    """Say what is about to run, so that nothing about it is silent."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    device = workers.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
+    workers.say(f"device   {name}, {workers.world_size} process(es){threads}")
+    sizes = f"{len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} test"
+    workers.say(f"data     {data.name}: {sizes}, {len(data.classes)} classes")
+    layout = "channels_last" if config.channels_last else "NCHW"
+    workers.say(
+        f"model    {config.block} ResNet-{config.depth}, width {config.width}: "
+        f"{parameters:,} parameters, {config.precision}, {layout}"
+    )
+    if config.fused:
+        workers.say(f"fused    {fused_ops(trainer.model, device)}")
+    workers.say(f"out      {config.out_dir}")
+    if state is not None:
+        workers.say(f"resume   after epoch {trainer.epoch} of {config.epochs}")
+        then, now = state["config"], config.as_dict()
+        for key in sorted(now.keys() & then.keys() - set(_SILENT)):
+            if then[key] != now[key]:
+                workers.say(f"changed  {key}: {then[key]} -> {now[key]}")
+
+
+def train(config: Config, workers: Workers) -> None:
+    """The whole run.
+
+    Raises:
+        TrainError: on every process at once; what --out held is still whole.
+    """
+    started = time.perf_counter()
+    set_precision_and_determinism(config)
+    workers.together(lambda: report.make_out(config.out_dir) if workers.leads else None)
+    state = workers.together(lambda: find_checkpoint(config))
+    data = workers.leader_first(lambda: load_data(config)).to(workers.device)
+    if state is not None and state["num_classes"] != len(data.classes):
+        raise TrainError(
+            f"{config.out_dir}: the checkpoint's model has {state['num_classes']} classes, the "
+            f"data set {len(data.classes)}; choose another --out"
+        )
+    trainer = Trainer(config, workers, data)
+    if state is not None:
+        trainer.load_state_dict(state)
+    describe(config, workers, data, trainer, state)
+
+    out, done = config.out_dir, trainer.epoch
+    metrics = report.Metrics(out / report.METRICS)
+    if workers.leads:
+        metrics.keep_until(done)
+        report.write_json(out / report.CONFIG, config.as_dict())
+    progress = report.Progress(
+        trainer.steps_per_epoch, config.batch_size, config.epochs, done, workers.leads
+    )
+    accuracies: report.Record = {}
+    training_started = time.perf_counter()
+    while trainer.epoch < config.epochs:
+        progress.epoch(trainer.epoch + 1)
+        record = trainer.train_epoch(progress)
+        trainer.average_statistics()
+        if trainer.epoch % config.eval_every == 0 or trainer.epoch == config.epochs:
+            accuracies = trainer.accuracies()
+            record |= accuracies
+        # Once an epoch, and the same on every process; only the leader writes.
+        workers.together(lambda record=record: keep(record, config, workers, trainer, metrics))
+        seconds_each = (time.perf_counter() - training_started) / (trainer.epoch - done)
+        if workers.leads:
+            left = seconds_each * (config.epochs - trainer.epoch)
+            progress.line(report.epoch_line(record, config.epochs, left))
+    progress.close()
+    if trainer.epoch == done:
+        workers.say(f"nothing to train: {out} is at epoch {done} of {config.epochs}")
+        accuracies = trainer.accuracies()
+    seconds = time.perf_counter() - started
+    workers.together(lambda: finish(config, workers, data, metrics, accuracies, seconds))
+
+
+def keep(
+    record: report.Record,
+    config: Config,
+    workers: Workers,
+    trainer: Trainer,
+    metrics: report.Metrics,
+) -> None:
+    """Write an epoch's record, then the checkpoint: a resume takes back records that run ahead."""
+    if workers.leads:
+        metrics.add(record)
+        about = {"config": config.as_dict(), "num_classes": len(trainer.data.classes)}
+        checkpoint.save(config.out_dir / checkpoint.NAME, about | trainer.state_dict())
+
+
+def finish(
+    config: Config,
+    workers: Workers,
+    data: Splits,
+    metrics: report.Metrics,
+    accuracies: report.Record,
+    seconds: float,
+) -> None:
+    """Draw the curve, write the summary, and say how it went and where everything lies."""
+    if not workers.leads:
+        return
+    out = config.out_dir
+    title = f"{config.block} ResNet-{config.depth} on {data.name}"
+    report.draw_curve(out / report.CURVE, metrics.records, title)
+    training = sum(record["seconds"] for record in metrics.records)
+    summary = {
+        "data": data.name,
+        "epochs": len(metrics.records),
+        **accuracies,
+        "training_seconds": training,
+        "wall_seconds": seconds,
+        "processes": workers.world_size,
+        "device": str(workers.device.type),
+        "torch": torch.__version__,
+        "config": config.as_dict(),
+    }
+    report.write_json(out / report.SUMMARY, summary)
+    print(
+        f"test accuracy {accuracies['test_accuracy']:.2f} %  "
+        f"(dev {accuracies['dev_accuracy']:.2f} %, train {accuracies['train_accuracy']:.2f} %) "
+        f"after {training:.0f} s of training, {seconds:.0f} s in all"
+    )
+    names = {"metrics": report.METRICS, "checkpoint": checkpoint.NAME, "curve": report.CURVE}
+    for what, name in (names | {"summary": report.SUMMARY}).items():
+        print(f"{what:<10} {out / name}")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0, 1 where the run failed, 2 where a flag does not fit."""
+    leads = os.environ.get("RANK", "0") == "0"
+    try:
+        config = parse(argv, quiet=not leads)
+        workers = Workers.join(config.device)
+    except TrainError as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        train(config, workers)
+    except TrainError as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        workers.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""The training loop: from a data set on the device to trained weights."""
+
+import contextlib
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from config import Config
+from errors import TrainError
+from report import Progress, Record
+from schedule import lr_factor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from workers import Workers
+
+from fastres.data import ImageSet, Splits
+from fastres.models import ResNet
+from fastres.ops import BatchNormReLU2d, augment, shuffle
+
+# Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
+_EVAL_BATCH = 1000
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_model(config: Config, num_classes: int) -> ResNet:
+    """The model of a config, its weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return ResNet(
+            config.depth, config.width, config.block, config.shortcut, num_classes, config.fused
+        )
+
+
+def fused_ops(model: nn.Module, device: torch.device) -> str:
+    """Which fused ops a model takes, for the person who asked for --fused."""
+    layers = sum(isinstance(m, BatchNormReLU2d) for m in model.modules())
+    path = "Triton" if device.type == "cuda" else "PyTorch's own CPU path, or Triton's interpreter"
+    return f"batch_norm_relu ({layers} layers), augment; on {device.type}: {path}"
+
+
+class Trainer:
+    """A model, its optimizer and the data, all on one device; one step at a time."""
+
+    def __init__(self, config: Config, workers: Workers, data: Splits) -> None:
+        """data: already on the workers' device.
+
+        Raises:
+            TrainError: the batch does not divide over the processes, or exceeds the training set.
+        """
+        if config.batch_size % workers.world_size:
+            raise TrainError(
+                f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
+                f"evenly; choose a multiple of {workers.world_size}"
+            )
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise TrainError(
+                f"--batch-size {config.batch_size}: more than the {len(data.train)} training "
+                "images; choose a smaller one"
+            )
+        self.config, self.workers, self.data = config, workers, data
+        device = workers.device
+        self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
+        self.memory_format = (
+            torch.channels_last if config.channels_last else torch.contiguous_format
+        )
+        self.half = _HALF.get(config.precision)
+        self.model = build_model(config, len(data.classes)).to(
+            device, memory_format=self.memory_format
+        )
+        self.peak_lr = config.lr * config.batch_size / 128
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=self.peak_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            # A fused first step that loss scaling skips would leave its momentum uninitialised.
+            fused=config.precision != "fp16",
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.epoch = 0
+        self.network: nn.Module = self.model
+        if workers.world_size > 1:
+            self.network = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                # Statistics stay each process's own; they are averaged before every evaluation.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Two steps that change nothing, so that DDP's regrouping of gradients is behind us.
+
+        It regroups after the first step; sums over three processes or more would otherwise be taken
+        in one order before a resume and in another after it.
+        """
+        buffers = [b.clone() for b in self.model.buffers()]
+        share = self.config.batch_size // self.workers.world_size
+        index = torch.arange(share, device=self.workers.device)
+        for _ in range(2):
+            self._loss(index, epoch=0)[0].backward()
+            self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _images(self, images: ImageSet, index: Tensor, **how: Any) -> Tensor:
+        return augment(
+            images.images,
+            index,
+            self.mean,
+            self.std,
+            dtype=self.half or torch.float32,
+            memory_format=self.memory_format,
+            **how,
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(
+            self.workers.device.type, dtype=self.half, enabled=self.half is not None
+        )
+
+    def _loss(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Mean loss over this process's share of a batch, and logits."""
+        x = self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
+        with self._autocast():
+            logits = self.network(x)
+            return F.cross_entropy(logits, self.data.train.labels[index]), logits
+
+    def train_step(self, index: Tensor, step: int) -> Tensor:
+        """One update from this process's share of a global batch; returns its loss, detached."""
+        config = self.config
+        lr = self.peak_lr * lr_factor(
+            step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            schedule=config.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, _ = self._loss(index, step // self.steps_per_epoch)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def train_epoch(self, progress: Progress) -> Record:
+        """One pass over the training set.
+
+        Raises:
+            TrainError: the loss is not finite, on every process at once.
+        """
+        config, workers = self.config, self.workers
+        share = config.batch_size // workers.world_size
+        self.network.train()
+        start = time.perf_counter()
+        order = shuffle(len(self.data.train), config.seed, self.epoch, workers.device)
+        total = torch.zeros((), dtype=torch.float64, device=workers.device)
+        for i in range(self.steps_per_epoch):
+            first = i * config.batch_size + workers.rank * share
+            total += self.train_step(
+                order[first : first + share], self.epoch * self.steps_per_epoch + i
+            )
+            progress.step()
+        loss = float(workers.sum_(total)) / (self.steps_per_epoch * workers.world_size)
+        seconds = time.perf_counter() - start
+        if not loss < float("inf"):
+            raise TrainError(
+                f"the loss of epoch {self.epoch + 1} is {loss}: training diverged at "
+                f"--lr {config.lr}; lower it or add --warmup-epochs (the last checkpoint is whole)"
+            )
+        self.epoch += 1
+        images = self.steps_per_epoch * config.batch_size
+        return {
+            "epoch": self.epoch,
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "memory_bytes": self._memory(),
+        }
+
+    def _memory(self) -> int:
+        """Peak memory in bytes: the GPU's, or the resident set of this process."""
+        if self.workers.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+    def average_statistics(self) -> None:
+        """Give every process the mean of the processes' running statistics."""
+        self.workers.average_(self.model.buffers())
+
+    @torch.inference_mode()
+    def evaluate(self, images: ImageSet) -> float:
+        """Accuracy in % in eval mode, every image counted once whatever the number of processes."""
+        self.model.eval()
+        rank, world_size = self.workers.rank, self.workers.world_size
+        mine = torch.arange(rank, len(images), world_size, device=self.workers.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.workers.device)
+        for index in mine.split(_EVAL_BATCH):
+            x = self._images(images, index, padding=0, flip=False)
+            with self._autocast():
+                logits = self.model(x)
+            correct += (logits.argmax(1) == images.labels[index]).sum()
+        return 100.0 * int(self.workers.sum_(correct)) / len(images)
+
+    def accuracies(self) -> Record:
+        """Accuracy in % on train, dev and test."""
+        splits = {"train": self.data.train, "dev": self.data.dev, "test": self.data.test}
+        return {f"{name}_accuracy": self.evaluate(split) for name, split in splits.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; the data's order and augmentation have no state."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; settings that the flags give anew stay as they are."""
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        # Empty where the run before had no loss scaling.
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch = state["epoch"]

@@ -1,0 +1,126 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+import datetime
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from errors import TrainError
+from torch import Tensor
+
+from fastres.data import DataError
+
+T = TypeVar("T")
+
+# Longer than it takes to download and decode a data set while the other ranks wait.
+_TIMEOUT = datetime.timedelta(minutes=20)
+
+
+def _usable_cpus() -> int:
+    """Cores that this process may run on; macOS does not tell, and there it is all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among the others, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> "Workers":
+        """Meet the other processes. device: "auto", "cpu" or "cuda".
+
+        Raises:
+            TrainError: there is no GPU, or there are fewer than processes on this machine.
+        """
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        gpus = torch.cuda.device_count()
+        if device == "cuda" and gpus == 0:
+            raise TrainError(
+                "--device cuda: PyTorch finds no GPU here; pass --device cpu, or check the driver "
+                "and that torch is a GPU build"
+            )
+        if device == "cpu" or gpus == 0:
+            target = torch.device("cpu")
+            # torchrun gives each process a single thread; the machine may have more to share out.
+            if os.environ.get("OMP_NUM_THREADS", "1") == "1" and world_size > 1:
+                torch.set_num_threads(max(1, _usable_cpus() // local_world_size))
+        else:
+            if local_world_size > gpus:
+                raise TrainError(
+                    f"{local_world_size} processes on this machine and {gpus} GPU(s): pass "
+                    f"--nproc_per_node {gpus} to torchrun, or --device cpu to train/main.py"
+                )
+            target = torch.device("cuda", local_rank)
+            torch.cuda.set_device(target)
+        if world_size > 1:
+            backend = "nccl" if target.type == "cuda" else "gloo"
+            # NCCL wants to know the device before its first collective.
+            bound = target if target.type == "cuda" else None
+            dist.init_process_group(backend, timeout=_TIMEOUT, device_id=bound)
+        return cls(rank, world_size, local_rank, target)
+
+    def leave(self) -> None:
+        """Part from the other processes; nothing collective may follow."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes files for all."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        if self.leads:
+            print(line, flush=True)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns; where it fails on one rank, fail on all with that rank's line.
+
+        Without this a rank that finds a damaged file would leave the others in a collective.
+        """
+        value, problem = None, None
+        try:
+            value = action()
+        except (TrainError, DataError) as error:
+            problem = str(error)
+        problems: list[str | None] = [problem]
+        if self.world_size > 1:
+            problems = [None] * self.world_size
+            dist.all_gather_object(problems, problem)
+        first = next((p for p in problems if p is not None), None)
+        if first is not None:
+            raise TrainError(first)
+        return value  # type: ignore[return-value]  # None only where action returned None
+
+    def leader_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on one process of each machine, then on the rest, which find it cached."""
+        value = self.together(action if self.local_rank == 0 else lambda: None)
+        rest = self.together(action if self.local_rank != 0 else lambda: None)
+        return value if self.local_rank == 0 else rest  # type: ignore[return-value]  # as above
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """Sum t over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace float tensors by their mean over the processes, in one collective."""
+        wanted = [t for t in tensors if t.is_floating_point()]
+        if self.world_size == 1 or not wanted:
+            return
+        flat = torch.cat([t.detach().reshape(-1).float() for t in wanted])
+        flat = self.sum_(flat) / self.world_size
+        for t, mean in zip(wanted, flat.split([t.numel() for t in wanted]), strict=True):
+            t.copy_(mean.view_as(t))
