@@ -1,12 +1,26 @@
 """How the benchmarks time: medians with their spread, by well-kept timers."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
+
+
+class Clock:
+    """How much of a run's time is left. What no longer fits is named, not dropped in silence."""
+
+    def __init__(self, minutes: float = float("inf")) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def has(self, seconds: float, for_what: str) -> bool:
+        left = self._end - time.monotonic()
+        if left < seconds:
+            print(f"{for_what}: not measured, {max(left, 0):.0f} s are left", flush=True)
+        return left >= seconds
 
 
 @dataclass(frozen=True)
@@ -64,3 +78,16 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     target = torch.empty_like(source)
     timing = time_op(lambda: target.copy_(source), device, seconds)
     return 2 * source.nbytes / timing.median_ms / 1e6
+
+
+def speed(timing: Timing, bytes_moved: int, roof: float) -> dict[str, float]:
+    """A timing, the GB/s it makes of the fewest bytes, and the share of the copy bandwidth."""
+    gb_per_s = bytes_moved / timing.median_ms / 1e6
+    return timing.as_dict() | {"gb_per_s": gb_per_s, "share_of_copy": gb_per_s / roof}
+
+
+def speed_text(row: dict[str, Any]) -> str:
+    return (
+        f"{row['median_ms']:8.4f} ms [{row['low_ms']:.4f}, {row['high_ms']:.4f}] "
+        f"{row['gb_per_s']:7.0f} GB/s {row['share_of_copy']:5.0%}"
+    )

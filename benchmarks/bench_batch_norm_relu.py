@@ -10,20 +10,22 @@ wrong in this run gets no speed.
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import environment
-from _timing import Timing, copy_bandwidth, time_graph, time_op
+from _timing import Clock, copy_bandwidth, speed, speed_text, time_graph, time_op
 from torch import Tensor
 
 from fastres.ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 
 # The stages of a depth-20 ResNet, and a wide late layer: (C, H = W).
-_FULL = {"N": (128, 1024), "C_H": ((16, 32), (32, 16), (64, 8), (512, 7))}
-_SMALL = {"N": (8,), "C_H": ((16, 8),)}
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FULL = ((128, 1024), ((16, 32), (32, 16), (64, 8), (512, 7)))
+_SMALL = ((8,), ((16, 8),))
+# The one that trains first, in case the time runs out.
+_DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def bytes_moved(x: Tensor, residual: bool, backward: bool) -> int:
@@ -83,9 +85,9 @@ def is_right(op: Callable[..., Tensor], t: dict[str, Tensor], residual: bool) ->
         return all(float((a.double() - b).abs().max() / b.abs().max()) < bound for a, b in pairs)
 
 
-def bench(device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
+def bench(device: torch.device, small: bool, seconds: float, clock: Clock) -> dict[str, Any]:
     """Every configuration by every provider; one row each, with the copy bandwidth beside them."""
-    sizes = _SMALL if small else _FULL
+    batch_sizes, widths = _SMALL if small else _FULL
     roof = copy_bandwidth(device, seconds)
     print(f"copy bandwidth {roof:,.0f} GB/s")
     torch._functorch.config.donated_buffer = False  # a graph is walked back more than once here
@@ -93,11 +95,12 @@ def bench(device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
     for dtype_name, dtype in _DTYPES.items():
         if device.type == "cpu" and dtype != torch.float32:
             continue  # half precision on CPUs is for tests, not for speed
-        for N in sizes["N"]:
-            for C, H in sizes["C_H"]:
+        for N in batch_sizes:
+            for C, H in widths:
                 for residual in (False, True):
                     case = (N, C, H, dtype, residual)
-                    rows += bench_case(device, case, dtype_name, roof, small, seconds)
+                    if clock.has(10, f"{dtype_name} N={N} C={C} H={H} residual={residual}"):
+                        rows += bench_case(device, case, dtype_name, roof, small, seconds)
     return {"copy_gb_per_s": roof, "rows": rows}
 
 
@@ -133,8 +136,8 @@ def bench_case(
                 continue
             y = run(op, t, residual)
             passes: dict[str, Callable[[], Any]] = {
-                "forward": lambda op=op, t=t: run(op, t, residual),  # type: ignore[misc]  # mypy infers no default's type
-                "backward": lambda y=y, t=t: gradients(y, t, residual),  # type: ignore[misc]  # as above
+                "forward": partial(run, op, t, residual),
+                "backward": partial(gradients, y, t, residual),
             }
             for direction, fn in passes.items():
                 timing = time_op(fn, device, seconds)
@@ -145,16 +148,9 @@ def bench_case(
                 rows.append(row)
                 print(
                     f"{name:8} {dtype_name} {layout_name} N={N:<5} C={C:<4} H={H:<3} "
-                    f"residual={residual!s:5} {direction:8} {row['median_ms']:8.4f} ms "
-                    f"[{row['low_ms']:.4f}, {row['high_ms']:.4f}] {row['gb_per_s']:7.0f} GB/s "
-                    f"{row['share_of_copy']:5.0%}"
+                    f"residual={residual!s:5} {direction:8} {speed_text(row)}"
                 )
     return rows
-
-
-def speed(timing: Timing, moved: int, roof: float) -> dict[str, float]:
-    gb_per_s = moved / timing.median_ms / 1e6
-    return timing.as_dict() | {"gb_per_s": gb_per_s, "share_of_copy": gb_per_s / roof}
 
 
 def main() -> None:
@@ -164,7 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="of timing, a figure")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
-    results = environment() | bench(torch.device(args.device), args.small, args.seconds)
+    results = environment() | bench(torch.device(args.device), args.small, args.seconds, Clock())
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_augment
 import bench_batch_norm_relu
 import bench_step
 import torch
 from _environment import environment
+from _timing import Clock
 
 _ROOT = Path(__file__).parent.parent
 
@@ -32,7 +34,7 @@ def gpu_tests(small: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x" if small else "-rfEs"]
     if small:
         command.append("--collect-only")
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=150)
     print(done.stdout[-3000:])
     return {"exit_status": done.returncode, "output": done.stdout.splitlines()[-40:]}
 
@@ -54,7 +56,7 @@ def training(small: bool, device: torch.device, folder: Path | None) -> dict[str
             out = scratch / fused.strip("-")
             command = [sys.executable, str(_ROOT / "train" / "main.py"), *flags, fused]
             done = subprocess.run(
-                [*command, "--out", str(out)], capture_output=True, text=True, timeout=200
+                [*command, "--out", str(out)], capture_output=True, text=True, timeout=100
             )
             if done.returncode:
                 results[fused] = {"exit_status": done.returncode, "error": done.stderr[-2000:]}
@@ -85,6 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--folder", type=Path, help="class folders with train/ and test/")
+    parser.add_argument("--minutes", type=float, default=7.5, help="measure no more after these")
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-GPU.json)")
     args = parser.parse_args()
     if not args.small and not torch.cuda.is_available():
@@ -94,14 +97,17 @@ def main() -> int:
     results: dict[str, Any] = environment() | {"small": args.small, "seconds": {}}
     name = (results["gpu"] or {"name": "cpu"})["name"].lower().replace(" ", "-")
     out = args.out or Path(__file__).parent / "results" / f"{results['date'][:10]}-{name}.json"
+    clock = Clock(args.minutes)
     seconds = 0.01 if args.small else 0.05
     batch_sizes, step_seconds = ([16], 0.01) if args.small else ([128, 1024], 1.0)
     model = {"depth": 8, "width": 4} if args.small else {"depth": 20, "width": 16}
+    # The op's long sweep comes last, and takes what time is left.
     parts: dict[str, Callable[[], Any]] = {
         "tests": lambda: gpu_tests(args.small),
-        "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, **model),
+        "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, clock, **model),
         "training": lambda: training(args.small, device, args.folder),
-        "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds),
+        "augment": lambda: bench_augment.bench(device, args.small, seconds),
+        "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
     }
     failed = False
     for part, run in parts.items():

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def set_precision_and_determinism(config: Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # A debugging aid that comes with the flag and would fill every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a module class
 
 
 def describe(
@@ -152,8 +153,7 @@ def train(config: Config, workers: Workers) -> None:
         if trainer.epoch % config.eval_every == 0 or trainer.epoch == config.epochs:
             accuracies = trainer.accuracies()
             record |= accuracies
-        # Once an epoch, and the same on every process; only the leader writes.
-        workers.together(lambda record=record: keep(record, config, workers, trainer, metrics))
+        workers.together(partial(keep, record, config, workers, trainer, metrics))
         seconds_each = (time.perf_counter() - training_started) / (trainer.epoch - done)
         if workers.leads:
             left = seconds_each * (config.epochs - trainer.epoch)

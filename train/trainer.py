@@ -18,7 +18,7 @@ from workers import Workers
 
 from fastres.data import ImageSet, Splits
 from fastres.models import ResNet
-from fastres.ops import BatchNormReLU2d, augment, shuffle
+from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 1000
@@ -38,8 +38,9 @@ def build_model(config: Config, num_classes: int) -> ResNet:
 def fused_ops(model: nn.Module, device: torch.device) -> str:
     """Which fused ops a model takes, for the person who asked for --fused."""
     layers = sum(isinstance(m, BatchNormReLU2d) for m in model.modules())
-    path = "Triton" if device.type == "cuda" else "PyTorch's own CPU path, or Triton's interpreter"
-    return f"batch_norm_relu ({layers} layers), augment; on {device.type}: {path}"
+    triton = takes_kernels(torch.empty(0, device=device))
+    path = "Triton kernels" if triton else "PyTorch's own operators (no GPU here)"
+    return f"batch_norm_relu ({layers} layers), augment, by {path}"
 
 
 class Trainer:
@@ -70,9 +71,8 @@ class Trainer:
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
         self.half = _HALF.get(config.precision)
-        self.model = build_model(config, len(data.classes)).to(
-            device, memory_format=self.memory_format
-        )
+        self.model = build_model(config, len(data.classes)).to(device)
+        self.model.to(memory_format=self.memory_format)
         self.peak_lr = config.lr * config.batch_size / 128
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),

@@ -99,7 +99,7 @@ def _load(root: Path) -> ImageData | None:
 
 def _image_set(part: CIFAR10) -> ImageSet:
     images = torch.from_numpy(np.ascontiguousarray(part.data)).permute(0, 3, 1, 2)
-    return ImageSet(images, torch.tensor(part.targets, dtype=torch.int64))
+    return ImageSet(images, torch.tensor(part.targets, dtype=torch.int64, device="cpu"))
 
 
 def _install(root: Path) -> None:
@@ -154,7 +154,7 @@ def _quiet() -> Iterator[None]:
             contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
         ):
-            # The batches were pickled by Python 2; NumPy 2.4.0 to 2.4.4 warn of their dtype's flags.
+            # The batches are Python 2 pickles; NumPy 2.4.0 to 2.4.4 warn of their dtype's flags.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             yield
     finally:

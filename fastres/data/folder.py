@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastres.data.errors import DataError
 from fastres.data.image_set import ImageData, ImageSet
+from fastres.data.pixel_cache import Pixels, read_pixels, write_pixels
 
 _SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 _FORMAT = "fastres folder cache 1"
-_DIGEST_BYTES = 32
-_HEADER_BYTES = _DIGEST_BYTES + 3 * 8
 # Images a thread decodes at a time: few enough that an error early in the set is met early.
 _CHUNK = 64
 # Decoding smaller files is mostly Python, which threads only slow down: 127 µs for an image of
 # 32x32 on one thread, 180 µs on two.
 _THREADED_BYTES = 4096
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class _File(NamedTuple):
@@ -108,7 +103,7 @@ def folder(
         test, train = files[:test_size], files[test_size:]
     pixels = _pixels(root, train + test, image_size, test_fraction, cache_dir)
     return ImageData(
-        root.name,
+        root.name or str(root),
         tuple(classes),
         _image_set(pixels[: len(train)], train),
         _image_set(pixels[len(train) :], test),
@@ -137,18 +132,24 @@ def _scan(path: Path) -> tuple[list[str], list[_File]]:
         )
     files = []
     for label, name in enumerate(classes):
-        found = []
+        found, nested = [], False
         try:
             with os.scandir(path / name) as entries:
                 for entry in entries:
-                    hidden = entry.name.startswith(".")
-                    if hidden or os.path.splitext(entry.name)[1].lower() not in _SUFFIXES:
+                    if entry.name.startswith("."):
                         continue
-                    if entry.is_file():
+                    if entry.is_dir():
+                        nested = True
+                    elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES and entry.is_file():
                         stat = entry.stat()
                         found.append(_File(entry.path, label, stat.st_size, stat.st_mtime_ns))
         except OSError as error:
             raise DataError(f"{path / name} cannot be read ({error.strerror})") from error
+        if nested and not found:
+            raise DataError(
+                f"{path / name} must be a class and hold images, but holds folders: give the "
+                "folder that holds train/<class>/ and test/<class>/, or <class>/"
+            )
         if not found:
             raise DataError(
                 f"class folder {path / name} has no image in it "
@@ -160,12 +161,13 @@ def _scan(path: Path) -> tuple[list[str], list[_File]]:
 
 def _permuted(files: list[_File]) -> list[_File]:
     # Sorted by class, "the first 1,000" would all be of one class.
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    seed = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(len(files), generator=seed, device="cpu")
     return [files[i] for i in order.tolist()]
 
 
 def _image_set(pixels: Pixels, files: list[_File]) -> ImageSet:
-    labels = torch.tensor([file.label for file in files], dtype=torch.int64)
+    labels = torch.tensor([file.label for file in files], dtype=torch.int64, device="cpu")
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
 
 
@@ -195,51 +197,17 @@ def _pixels(
     except RuntimeError as error:
         warnings.warn(f"{root} is not cached: {error}", stacklevel=3)
         return _decode(files, image_size)
-    pixels = _read_cache(cache, len(files))
+    pixels = read_pixels(cache, len(files))
     if pixels is None:
         pixels = _decode(files, image_size)
         try:
-            _write_cache(cache, pixels)
+            write_pixels(cache, pixels)
         except OSError as error:
             warnings.warn(
                 f"{root} is decoded anew at each start: its cache cannot be written ({error})",
                 stacklevel=3,
             )
     return pixels
-
-
-def _read_cache(cache: Path, count: int) -> Pixels | None:
-    """The pixels in a cache file: SHA-256 of the rest, N, H, W, pixels; None unless all is well."""
-    try:
-        raw = np.fromfile(cache, dtype=np.uint8)
-    except OSError:
-        return None
-    if len(raw) < _HEADER_BYTES:
-        return None
-    if hashlib.sha256(raw[_DIGEST_BYTES:]).digest() != raw[:_DIGEST_BYTES].tobytes():
-        return None
-    shape = np.frombuffer(raw[_DIGEST_BYTES:_HEADER_BYTES].tobytes(), dtype="<i8").tolist()
-    if shape[0] != count or len(raw) - _HEADER_BYTES != 3 * count * shape[1] * shape[2]:
-        return None
-    return raw[_HEADER_BYTES:].reshape(*shape, 3)
-
-
-def _write_cache(cache: Path, pixels: Pixels) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    shape = np.array(pixels.shape[:3], dtype="<i8").tobytes()
-    digest = hashlib.sha256(shape)
-    digest.update(pixels)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".partial", dir=cache.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(digest.digest() + shape)
-            file.write(pixels)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, cache)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _decode(files: list[_File], image_size: int | None) -> Pixels:
@@ -278,7 +246,8 @@ def _open(path: str, image_size: int | None) -> Pixels:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise DataError(
-            f"images need Pillow ({error}): pip install 'fastres[train]', or use --dataset synthetic"
+            f"images need Pillow ({error}): pip install 'fastres[train]', or use "
+            "--dataset synthetic"
         ) from error
     try:
         with Image.open(path) as image:

@@ -15,7 +15,7 @@ from fastres.ops import BatchNormReLU2d
 class PlainBatchNormReLU2d(nn.BatchNorm2d):
     """What BatchNormReLU2d replaces, in PyTorch's own ops: the plain model's layer."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]  # one argument more
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         z = super().forward(x)
         return F.relu(z if residual is None else z + residual, inplace=True)
 

@@ -1,6 +1,7 @@
 """The library's face: each op as a function and as a Module. Nothing here imports Triton."""
 
+from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
 
-__all__ = ["BatchNormReLU2d", "augment", "batch_norm_relu", "shuffle"]
+__all__ = ["BatchNormReLU2d", "augment", "batch_norm_relu", "shuffle", "takes_kernels"]

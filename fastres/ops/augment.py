@@ -119,8 +119,7 @@ def augment(
     _check(images, index, mean, std, seed, epoch, padding, dtype, memory_format)
     channels_last = memory_format == torch.channels_last
     if not takes_kernels(images):
-        y = _native(images, index, mean, std, seed, epoch, padding, flip, dtype)
-        return y if channels_last else y.contiguous()
+        return _native(images, index, mean, std, seed, epoch, padding, flip, dtype, channels_last)
     return torch.ops.fastres.augment.default(
         images, index, mean.contiguous(), std.contiguous(), seed, epoch, padding, flip, dtype,
         channels_last,
@@ -131,7 +130,7 @@ def _draw(
     index: Tensor, seed: int, epoch: int, padding: int, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each image's crop, tops and lefts int64 [B] in [0, 2*padding], and whether it is mirrored."""
-    words = philox(seed, index, torch.full_like(index, epoch), CROP_STREAM, 0)
+    words = philox(seed, index, epoch, CROP_STREAM, 0)
     # The high half of word * span is uniform in [0, span) to 2^-32, without a division.
     tops, lefts = ((word * (2 * padding + 1)) >> 32 for word in words[:2])
     return tops, lefts, (words[2] >= 1 << 31) & flip
@@ -147,8 +146,9 @@ def _native(
     padding: int,
     flip: bool,
     dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
-    """The CPU's path, channels_last: the batch's pixels of C bytes each, picked by their number."""
+    """The CPU's path: the batch's pixels, C bytes each, are picked by their number."""
     B, (C, H, W) = index.shape[0], images.shape[1:]
     pixels = images.permute(0, 2, 3, 1).index_select(0, index)
     if padding > 0 or flip:
@@ -161,10 +161,16 @@ def _native(
         rows = torch.arange(B, device=images.device)[:, None] * Hp + h
         numbers = (rows * Wp)[:, :, None] + w[:, None, :]
         pixels = pixels.view(B * Hp * Wp, C).index_select(0, numbers.view(-1))
-    # By whole rows of W*C values: over C alone PyTorch's inner loop has three elements to do.
-    y = pixels.view(B, H, W * C).float()
-    y = y.div_(255).sub_(mean.repeat(W)).div_(std.repeat(W)).to(dtype)
-    return y.view(B, H, W, C).permute(0, 3, 1, 2)
+    # The layout is chosen while elements are bytes. Then mean and std are laid out for runs of W*C
+    # or H*W values: over three channels PyTorch's inner loop would have three elements to do.
+    if channels_last:
+        pixels = pixels.view(B, H, W * C)
+        mean, std = mean.repeat(W), std.repeat(W)
+    else:
+        pixels = pixels.view(B, H, W, C).permute(0, 3, 1, 2).contiguous()
+        mean, std = mean[:, None, None], std[:, None, None]
+    y = pixels.float().div_(255).sub_(mean).div_(std).to(dtype)
+    return y.view(B, H, W, C).permute(0, 3, 1, 2) if channels_last else y
 
 
 def shuffle(n: int, seed: int, epoch: int, device: torch.device | str) -> Tensor:
@@ -186,7 +192,7 @@ def shuffle(n: int, seed: int, epoch: int, device: torch.device | str) -> Tensor
         raise ValueError(f"n: expected 0 <= n <= 2**32, got {n}")
     _check_counter(seed, epoch)
     number = torch.arange(n, device=device)
-    high, low, _, _ = philox(seed, number, torch.full_like(number, epoch), SHUFFLE_STREAM, 0)
+    high, low, _, _ = philox(seed, number, epoch, SHUFFLE_STREAM, 0)
     # Shifted to be signed first, so that nothing overflows.
     keys = (high - (1 << 31)) * (1 << 32) + low
     return torch.argsort(keys, stable=True)

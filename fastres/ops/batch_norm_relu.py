@@ -353,7 +353,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     `relu(bn(x) + shortcut)`, this is the whole expression.
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]  # one argument more
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See batch_norm_relu."""
         tracks = self.running_mean is not None
         training = self.training or not tracks

@@ -1,0 +1,326 @@
+"""batch_norm_relu against its reference in fp64: shapes, layouts, dtypes, values, corners."""
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ops.batch_norm_relu_equality import (
+    GRADS,
+    LAYOUTS,
+    LEAVES,
+    VALUES,
+    Case,
+    check,
+    run,
+    small_tiles,
+    tensors,
+)
+from tolerances import GRADCHECK_ATOL
+from torch import Tensor, nn
+
+from fastres.ops import BatchNormReLU2d, _register, batch_norm_relu
+from fastres.ops.batch_norm_relu import batch_norm_relu_reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NHWC = torch.channels_last
+
+
+@pytest.fixture(params=["kernels", "native"])
+def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each path that the tensors may take: the Triton kernels, and PyTorch's own ops on a CPU."""
+    if request.param == "native":
+        if device != "cpu":
+            pytest.skip("on a GPU there is one path")
+        monkeypatch.setattr(_register, "INTERPRET", False)
+    return str(request.param)
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtype: torch.dtype, training: bool) -> Case:
+    C = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 129])))
+    N, H, W = draw(st.integers(0, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    if training and N * H * W == 1:
+        N = 2
+    layouts = st.sampled_from(list(LAYOUTS))
+    return Case(
+        shape=(N, C, H, W),
+        x_layout=draw(layouts),
+        dy_layout=draw(layouts),
+        residual_layout=draw(st.one_of(st.none(), layouts)),
+        dtype=dtype,
+        half_params=draw(st.booleans()),
+        weight=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        training=training,
+        running=not training or draw(st.booleans()),
+        relu=draw(st.booleans()),
+        eps=draw(st.sampled_from([1e-5, 1e-3, 0.1, 1e-10])),
+        momentum=draw(st.sampled_from([0.1, 0.0, 1.0, 0.9])),
+        values=draw(st.sampled_from(VALUES)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_equals_the_reference(
+    path: str, device: str, dtype: torch.dtype, training: bool, data: st.DataObject
+) -> None:
+    tiles = path == "kernels" and data.draw(st.booleans(), label="small tiles")
+    with small_tiles() if tiles else nullcontext():
+        check(data.draw(cases(dtype, training)), device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_x_residual_and_dy_mix(layout: str, device: str) -> None:
+    """Each layout once as x's, once as the residual's, once as dy's, against the two dense ones."""
+    dense = "nhwc" if list(LAYOUTS).index(layout) % 2 else "nchw"
+    other = "nchw" if dense == "nhwc" else "nhwc"
+    case = Case(shape=(3, 12, 4, 6), residual_layout=other)
+    check(dataclasses.replace(case, x_layout=layout, dy_layout=dense), device)
+    check(dataclasses.replace(case, x_layout=dense, dy_layout=layout), device)
+    check(dataclasses.replace(case, x_layout=other, residual_layout=layout), device)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_nasty_values(values: str, device: str) -> None:
+    for dtype in (torch.float32, torch.float16):
+        check(Case(shape=(3, 6, 5, 7), values=values, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("C", [16, 129])
+def test_several_programs_and_chunks(layout: str, C: int, device: str) -> None:
+    """Tiles of their true size, with rows enough for more than one program."""
+    case = Case(shape=(2, C, 17, 16), x_layout=layout, residual_layout="nchw", values="large_mean")
+    check(case, device)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhwc_sliced_n"])
+def test_more_partials_than_one_block(layout: str, device: str) -> None:
+    with small_tiles():
+        check(Case(shape=(4, 33, 9, 7), x_layout=layout, residual_layout="nhwc"), device)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_64_bit_offsets(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that tensors of 2^30 elements and more take, on small ones."""
+    kernels: Any = importlib.import_module("fastres.kernels.batch_norm_relu")
+    tiling = kernels.tiling
+    monkeypatch.setattr(
+        kernels, "tiling", lambda *a, **k: dataclasses.replace(tiling(*a, **k), WIDE=True)
+    )
+    for residual_layout in (None, "nhwc"):
+        check(Case(shape=(3, 9, 5, 7), x_layout=layout, residual_layout=residual_layout), device)
+
+
+def test_one_row_in_evaluation(device: str) -> None:
+    for C in (1, 9):
+        case = Case(shape=(1, C, 1, 1), training=False, residual_layout="nchw")
+        check(case, device)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_pass_as_in_pytorch(path: str, device: str, bad: float, training: bool) -> None:
+    """In x, the residual and dy, each in a channel of its own; the last channel stays clean."""
+    for residual_layout in (None, "nchw"):
+        case = Case(shape=(2, 5, 3, 4), residual_layout=residual_layout, training=training)
+        given_ = tensors(case, device)
+        for channel, name in enumerate(("x", "residual", "dy")):
+            if (t := given_[name]) is not None:
+                t[1, channel, 1, 2] = bad
+        ours, peer = run(batch_norm_relu, case, given_), run(batch_norm_relu_reference, case, given_)
+        for name in ours:
+            # Whether a sum over Inf ends as Inf or as NaN follows its order: PyTorch's own CPU and
+            # CUDA kernels differ in it, for the running mean and for what is summed over x or dy.
+            if training or name in ("dweight", "dbias"):
+                assert torch.equal(ours[name].isfinite(), peer[name].isfinite()), name
+            else:
+                assert torch.equal(ours[name].isnan(), peer[name].isnan()), name
+                assert torch.equal(ours[name].isinf(), peer[name].isinf()), name
+            clean = ours[name].movedim(1, 0)[-1] if ours[name].dim() == 4 else ours[name][-1]
+            assert clean.isfinite().all(), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_subset_of_needed_gradients(device: str, training: bool) -> None:
+    """The gradients that are asked for are bitwise those of the full backward; no others come."""
+    case = Case(shape=(2, 3, 2, 3), residual_layout="nhwc", training=training)
+    given_ = tensors(case, device)
+    full = run(batch_norm_relu, case, given_)
+    for count in range(len(LEAVES)):
+        for needs in itertools.combinations(LEAVES, count):
+            got = run(batch_norm_relu, case, given_, needs)
+            assert {name for name in got if name.startswith("d")} == {GRADS[n] for n in needs}
+            for name in got:
+                assert torch.equal(got[name], full[name]), f"{name} of {needs}"
+
+
+def test_two_runs_are_bitwise_the_same(device: str) -> None:
+    case = Case(shape=(4, 20, 9, 9), residual_layout="nhwc", dy_layout="nhwc")
+    with small_tiles():
+        given_ = tensors(case, device)
+        first, second = (run(batch_norm_relu, case, given_) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class _Saved:
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def __call__(self, t: Tensor) -> Tensor:
+        self.tensors.append(t)
+        return t
+
+
+@pytest.mark.parametrize("residual_layout", [None, "nhwc"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_saves_x_vectors_and_a_bitmask(
+    device: str, training: bool, residual_layout: str | None
+) -> None:
+    case = Case(
+        shape=(4, 16, 6, 8), x_layout="nhwc", training=training, residual_layout=residual_layout
+    )
+    given_, saved = tensors(case, device), _Saved()
+    x = given_["x"]
+    assert x is not None
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+        run(batch_norm_relu, case, given_)
+    large = [t for t in saved.tensors if t.is_floating_point() and t.numel() > 16]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
+    bits = sum(t.numel() for t in saved.tensors if t.dtype == torch.uint8)
+    assert bits == (x.numel() // 8 if residual_layout else 0)
+    assert {t.dtype for t in saved.tensors} <= {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "expanded_c", "nhwc_sliced_h", "transposed"])
+def test_saved_tensors_may_return_in_another_memory_format(layout: str, device: str) -> None:
+    """As torch.autograd.graph.save_on_cpu(pin_memory=True) returns them: the bitmask must not
+    be read in x's new order."""
+    case = Case(shape=(2, 5, 4, 6), x_layout=layout, residual_layout="nchw")
+    given_ = tensors(case, device)
+    want = run(batch_norm_relu, case, given_)
+    for fmt in (torch.contiguous_format, NHWC):
+
+        def unpack(t: Tensor, fmt: torch.memory_format = fmt) -> Tensor:
+            return t.contiguous(memory_format=fmt) if t.dim() == 4 else t.contiguous()
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            got = run(batch_norm_relu, case, given_)
+        assert torch.equal(got["dresidual"], want["dresidual"])
+        torch.testing.assert_close(got["dx"], want["dx"])
+
+
+def test_double_backward_is_refused_in_words(device: str) -> None:
+    x = torch.randn(2, 3, 2, 2, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(
+        batch_norm_relu(x, None, None, training=True).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+def test_weight_and_bias_of_any_stride(path: str, device: str) -> None:
+    x = torch.randn(2, 6, 3, 3, device=device)
+    one = torch.randn(1, device=device)
+    many = torch.randn(12, device=device)
+    for weight, bias in ((one.expand(6), many[::2]), (many[1::2], one.expand(6))):
+        results = []
+        for op in (batch_norm_relu, batch_norm_relu_reference):
+            leaves = [v.detach().requires_grad_() for v in (weight, bias)]
+            y = op(x, None, None, *leaves, training=True)
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_native_path_in_fp64(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_register, "INTERPRET", False)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    stats = (torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        running = (None, None) if training else stats
+        return batch_norm_relu(x, *running, weight, bias, training, residual=residual)
+
+    args = (leaf(3, 4, 2, 3), leaf(4), leaf(4), leaf(3, 4, 2, 3))
+    assert torch.autograd.gradcheck(op, args, atol=GRADCHECK_ATOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(path: str, device: str, dtype: torch.dtype) -> None:
+    """After a convolution under autocast: the dtypes of nn.BatchNorm2d and ReLU there."""
+    if path == "native" and dtype == torch.float16:
+        pytest.skip("PyTorch's own convolution backward in fp16 on a CPU is what would be tested")
+    conv, x = nn.Conv2d(3, 6, 3, device=device), torch.randn(2, 3, 6, 6, device=device)
+    peer = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()).to(device)
+    ours = BatchNormReLU2d(6).to(device)
+    results = []
+    for module in (ours, peer):
+        conv.zero_grad()
+        with torch.autocast(device, dtype=dtype):
+            y = module(conv(x))
+        y.float().square().sum().backward()
+        assert conv.weight.grad is not None
+        results.append((y, conv.weight.grad.clone(), *(p.grad for p in module.parameters())))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        # Different roundings of bf16 at several places; equality proper is tested above.
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
+
+
+def _wrong() -> Iterator[tuple[dict[str, Any], str]]:
+    x, v = torch.zeros(2, 3, 4, 4), torch.ones(3)
+    yield {"x": torch.zeros(2, 3)}, r"x: expected \[N, C, H, W\], got shape \[2, 3\]"
+    yield {"x": x.int()}, r"x: expected one of .*float32.* on cpu, got torch.int32"
+    yield {"x": x.double()}, r"x: expected one of .* on cpu, got torch.float64"
+    residual = r"residual: expected x's \[2, 3, 4, 4\], torch.float32 on cpu, got "
+    yield {"residual": x[:1]}, residual + r"\[1, 3, 4, 4\], torch.float32 on cpu"
+    yield {"residual": x.half()}, residual + r"\[2, 3, 4, 4\], torch.float16 on cpu"
+    yield {"residual": x.to("meta")}, residual + r"\[2, 3, 4, 4\], torch.float32 on meta"
+    yield {"running_var": None}, "running_mean and running_var: expected both or neither, got one"
+    none = {"running_mean": None, "running_var": None}
+    yield none | {"training": False}, "needed where training=False, got None"
+    one = r"x: expected more than 1 value per channel in training, got shape \[1, 3, 1, 1\]"
+    yield {"x": x[:1, :, :1, :1]}, one
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        yield {name: torch.ones(4)}, rf"{name}: expected \[3\] on cpu, got \[4\] on cpu"
+        yield {name: v.to("meta")}, rf"{name}: expected \[3\] on cpu, got \[3\] on meta"
+        yield {name: v.half()}, rf"{name}: expected torch.float32 or .*, got torch.float16"
+    for name in ("running_mean", "running_var"):
+        yield {name: torch.ones(6)[::2]}, rf"{name}: expected contiguous, got stride \(2,\)"
+    yield {"momentum": None}, "momentum: expected a float, got None"
+
+
+@pytest.mark.parametrize(("change", "words"), list(_wrong()))
+def test_wrong_input_is_refused_in_words(
+    change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also where a GPU is: on CPU tensors these are the kernels' own demands.
+    monkeypatch.setattr(_register, "INTERPRET", True)
+    v = torch.ones(3)
+    right = {"x": torch.zeros(2, 3, 4, 4), "running_mean": v, "running_var": v, "training": True}
+    with pytest.raises(ValueError, match=words):
+        batch_norm_relu(**(right | change))
+
+
+def test_the_registered_op_refuses_a_tensor_that_has_no_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_register, "INTERPRET", False)
+    x = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="got a tensor on cpu: call fastres.ops.batch_norm_relu"):
+        torch.ops.fastres.batch_norm_relu(x, None, None, None, None, None, 1e-5, True)

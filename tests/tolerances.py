@@ -1,0 +1,61 @@
+"""Every tolerance of the tests, each with its reason."""
+
+import os
+
+import torch
+
+# A fused op may be this many times as wrong as PyTorch's own op in the same dtype, ...
+TIMES_TORCH = 2.0
+# ... or wrong by this many fp32 epsilons of its condition scale (the size that its terms have
+# before they cancel), whichever is more. The second is needed because PyTorch's own fp32 BatchNorm
+# breaks a bare factor of two against itself in 2-6 % of small draws; it is in fp32 epsilons
+# whatever the storage type, since the arithmetic of every op is fp32.
+EPSILONS = 8.0
+EPS = torch.finfo(torch.float32).eps
+
+
+def sum_epsilons(terms: int) -> float:
+    """fp32 epsilons that a sum of so many terms may be off by, relative to the sum of their sizes.
+
+    Rounding errors walk like the square root. That shows in Triton's interpreter, where NumPy adds
+    the rows of a tile one after another (equal terms: 12 epsilons at 160 rows, measured); a GPU
+    adds them in a tree.
+    """
+    return float(terms) ** 0.5
+
+
+# A finite difference in fp64 with step 1e-6 (torch.autograd.gradcheck's own default) is right to
+# about 1e-9 / 1e-6; the tolerance is gradcheck's default too.
+GRADCHECK_ATOL = 1e-5
+
+# Compiled code on the CPU fuses, and may contract a*b+c: fp32 results of order 1 to 10 then differ
+# in the last bits from those of eager code.
+COMPILED_ATOL = 1e-5
+
+# The fused model against the plain one, relative to fp64: twice the plain model's own error (see
+# TIMES_TORCH), or this, since with a batch of a few tiny images both are off by little else than
+# luck; it is a few dozen fp32 epsilons, for eight layers in a row.
+MODEL_RELATIVE = 5e-6
+
+# Weights after four steps by several processes and by one: the same sums but for the order in
+# which gloo adds the processes' gradients, which four BatchNorm-amplified steps carry on.
+DDP_ABSOLUTE = 1e-5
+
+
+def store_error(dtype: torch.dtype) -> float:
+    """Relative error of storing an fp32 result as dtype: half an ulp when rounded to nearest."""
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        # Measured: Triton's interpreter truncates to bf16 (half of all values are one ulp low),
+        # which costs a whole ulp. A GPU rounds to nearest.
+        return torch.finfo(dtype).eps
+    return torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+
+
+def store_floor(dtype: torch.dtype) -> float:
+    """Absolute error of storing an fp32 result as dtype, where that is more than the relative one.
+
+    fp16 rounds to half its smallest subnormal. Below the smallest normal of fp32 and bf16 (1e-38) a
+    GPU may flush to zero, and Triton's interpreter converts bf16 subnormals wrongly (measured).
+    """
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal

@@ -1,0 +1,157 @@
+"""train/main.py under a real torchrun, with gloo: equality, resume after a kill, errors."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import pytest
+import torch
+import torch.nn.functional as F
+from config import parse
+from main import load_data
+from schedule import lr_factor
+from tolerances import DDP_ABSOLUTE
+from trainer import Trainer
+from workers import Workers
+
+from fastres.ops import _register, shuffle
+
+ROOT = Path(__file__).parents[2]
+# 48 images in batches of 12: four steps an epoch, shared evenly by two or three processes.
+FLAGS = [
+    "--dataset", "synthetic", "--train-size", "48", "--image-size", "16", "--device", "cpu",
+    "--fused", "--depth", "20", "--width", "4", "--batch-size", "12", "--deterministic",
+]  # fmt: skip
+
+
+def start(processes: int, flags: list[str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(ROOT / "train" / "main.py"), *flags]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # One thread each, here and in the process that they are compared with.
+    return subprocess.Popen(
+        command, env=env | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(processes: int, flags: list[str]) -> tuple[int, str, str]:
+    process = start(processes, flags)
+    # A rank left hanging in a collective would outlast this.
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def _native_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(_register, "INTERPRET", False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def one_process(flags: list[str], shares: int) -> dict[str, Any]:
+    """What `shares` processes compute, by one: each share by itself, the gradients averaged."""
+    config = parse(flags)
+    trainer = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+    model = trainer.model.train()
+    statistics = [copy.deepcopy(dict(model.named_buffers())) for _ in range(shares)]
+    size = config.batch_size // shares
+    for epoch in range(config.epochs):
+        order = shuffle(len(trainer.data.train), config.seed, epoch, "cpu")
+        for i in range(trainer.steps_per_epoch):
+            for rank, buffers in enumerate(statistics):
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+                first = i * config.batch_size + rank * size
+                index = order[first : first + size]
+                x = trainer._images(trainer.data.train, index, seed=config.seed, epoch=epoch)
+                loss = F.cross_entropy(model(x), trainer.data.train.labels[index])
+                (loss / shares).backward()
+                statistics[rank] = {n: b.clone() for n, b in model.named_buffers()}
+            factor = lr_factor(
+                epoch * trainer.steps_per_epoch + i,
+                steps_per_epoch=trainer.steps_per_epoch,
+                epochs=config.epochs,
+                warmup_epochs=0,
+                schedule="step",
+            )
+            trainer.optimizer.param_groups[0]["lr"] = config.lr * config.batch_size / 128 * factor
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        for name, buffer in model.named_buffers():  # averaged before each evaluation
+            if buffer.is_floating_point():
+                mean = torch.stack([b[name] for b in statistics]).mean(0)
+                for buffers in statistics:
+                    buffers[name].copy_(mean)
+    return {n: p.detach() for n, p in model.named_parameters()} | statistics[0]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_train_what_one_would(processes: int, tmp_path: Path, _native_path: None) -> None:
+    flags = [*FLAGS, "--epochs", "1", "--out", str(tmp_path)]
+    status, out, err = run(processes, flags)
+    assert status == 0, err
+    assert f"{processes} process(es)" in out
+    found = checkpoint.load(tmp_path / "checkpoint.pt")["model"]
+    wanted = one_process(flags, processes)
+    assert found.keys() == wanted.keys()
+    initial = one_process([*flags, "--lr", "1e-30"], processes)
+    moved = 0.0
+    for name, tensor in found.items():
+        error = float((tensor.double() - wanted[name].double()).abs().max())
+        assert error <= DDP_ABSOLUTE, (name, error)
+        moved = max(moved, float((tensor.double() - initial[name].double()).abs().max()))
+    assert moved > 100 * DDP_ABSOLUTE  # training moved them by far more than the tolerance
+
+
+def test_kill_in_the_middle_of_an_epoch_and_resume(tmp_path: Path) -> None:
+    """Three processes, since with two any order of summing is the same."""
+    flags = [*FLAGS, "--epochs", "3", "--train-size", "480", "--image-size", "8"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, _, err = run(3, [*flags, "--out", str(whole)])
+    assert status == 0, err
+
+    process = start(3, [*flags, "--out", str(killed)])
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # into the second epoch
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert checkpoint.load(killed / "checkpoint.pt")["epoch"] < 3
+
+    status, out, err = run(3, [*flags, "--out", str(killed)])
+    assert status == 0, err
+    assert "resume   after epoch" in out
+    a, b = (checkpoint.load(path / "checkpoint.pt") for path in (whole, killed))
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for key, state in a["optimizer"]["state"].items():
+        momentum = b["optimizer"]["state"][key]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], momentum)
+
+
+def test_an_error_is_one_line_and_leaves_none_hanging(tmp_path: Path) -> None:
+    status, _, err = run(2, [*FLAGS, "--batch-size", "15", "--out", str(tmp_path / "out")])
+    assert status != 0
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "--batch-size 15" in said[0] and "multiple of 2" in said[0]
+    # torchrun's own report counts the ranks that failed by themselves.
+    assert err.count("exitcode  : 1") + err.count("exitcode: 1") >= 1
+
+    (tmp_path / "file").touch()
+    status, _, err = run(2, [*FLAGS, "--out", str(tmp_path / "file" / "out")])
+    assert status != 0
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "cannot be written" in said[0]
