@@ -47,7 +47,7 @@ def test_steps_and_training(results: dict) -> None:
     assert all(row["images_per_second"] > 0 for row in results["step"])
     assert len({round(row["loss"], 3) for row in results["step"]}) == 1  # one model, one batch
     for run in results["training"].values():
-        assert run["exit_status"] == 0 and run["summary"]["data"].startswith("folder")
+        assert run["exit_status"] == 0 and run["summary"]["data"] == "images"
 
 
 def test_without_a_gpu_the_full_suite_refuses() -> None:

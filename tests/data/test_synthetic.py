@@ -186,7 +186,7 @@ def test_a_linear_classifier_stays_under_60_percent(data: ImageData) -> None:
         ) -> torch.Tensor:
             optimizer.zero_grad()
             value = F.cross_entropy(x @ weight + bias, y) + decay * weight.square().sum()
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            value.backward()
             return value
 
         optimizer.step(loss)
