@@ -1,4 +1,4 @@
-"""Install the folder kernels/ as the package fastres.kernels; everything else is in pyproject.toml."""
+"""Install the folder kernels/ as the package fastres.kernels; all else is in pyproject.toml."""
 
 from setuptools import setup
 

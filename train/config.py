@@ -131,7 +131,7 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Config:
             raise
         # tyro draws a box with a title; a terminal shared by several ranks wants a line.
         lines = [line.strip(" │") for line in said.getvalue().splitlines()]
-        text = " ".join(line for line in lines if line and not re.match("[╭╰─]", line))
+        text = " ".join(line for line in lines if line and not re.match("[╭╰─]|-----", line))
         raise TrainError(text or "a flag does not fit: see --help") from None
 
 

@@ -123,6 +123,11 @@ def train(config: Config, workers: Workers) -> None:
     """
     started = time.perf_counter()
     set_precision_and_determinism(config)
+    if config.batch_size % workers.world_size:
+        raise TrainError(
+            f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
+            f"evenly; choose a multiple of {workers.world_size}"
+        )
     workers.together(lambda: report.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
     data = workers.leader_first(lambda: load_data(config)).to(workers.device)
@@ -138,9 +143,13 @@ def train(config: Config, workers: Workers) -> None:
 
     out, done = config.out_dir, trainer.epoch
     metrics = report.Metrics(out / report.METRICS)
-    if workers.leads:
-        metrics.keep_until(done)
-        report.write_json(out / report.CONFIG, config.as_dict())
+
+    def open_out() -> None:
+        if workers.leads:
+            metrics.keep_until(done)
+            report.write_json(out / report.CONFIG, config.as_dict())
+
+    workers.together(open_out)
     progress = report.Progress(
         trainer.steps_per_epoch, config.batch_size, config.epochs, done, workers.leads
     )
@@ -225,18 +234,24 @@ def main(argv: Sequence[str]) -> int:
         config = parse(argv, quiet=not leads)
         workers = Workers.join(config.device)
     except TrainError as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return fail(error, leads, status=2)
     try:
         train(config, workers)
     except TrainError as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return fail(error, leads, status=1)
     finally:
         workers.leave()
     return 0
+
+
+def fail(error: TrainError, leads: bool, status: int) -> int:
+    """Say once what every process knows."""
+    if leads:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all processes as soon as one has failed: the leading one speaks first.
+        time.sleep(5)
+    return status
 
 
 if __name__ == "__main__":

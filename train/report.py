@@ -28,11 +28,20 @@ class Metrics:
         self.records: list[Record] = []
 
     def keep_until(self, epoch: int) -> None:
-        """Read the file, and take back the records that ran ahead of a checkpoint's epoch."""
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            record = json.loads(line)
-            if record["epoch"] <= epoch:
-                self.records.append(record)
+        """Read the file, and take back the records that ran ahead of a checkpoint's epoch.
+
+        Raises:
+            TrainError: the file is not one that this program wrote; it stays as it is.
+        """
+        try:
+            text = self.path.read_text() if self.path.exists() else ""
+            records = [json.loads(line) for line in text.splitlines()]
+            self.records = [record for record in records if record["epoch"] <= epoch]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainError(
+                f"{self.path}: not the metrics of a run ({error}); move it away or choose another "
+                "--out"
+            ) from error
         self._write()
 
     def add(self, record: Record) -> None:

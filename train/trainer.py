@@ -21,7 +21,7 @@ from fastres.models import ResNet
 from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
-_EVAL_BATCH = 1000
+_EVAL_BATCH = 500
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -47,16 +47,11 @@ class Trainer:
     """A model, its optimizer and the data, all on one device; one step at a time."""
 
     def __init__(self, config: Config, workers: Workers, data: Splits) -> None:
-        """data: already on the workers' device.
+        """data: already on the workers' device; the batch size is a multiple of their number.
 
         Raises:
-            TrainError: the batch does not divide over the processes, or exceeds the training set.
+            TrainError: the batch exceeds the training set.
         """
-        if config.batch_size % workers.world_size:
-            raise TrainError(
-                f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
-                f"evenly; choose a multiple of {workers.world_size}"
-            )
         self.steps_per_epoch = len(data.train) // config.batch_size
         if self.steps_per_epoch == 0:
             raise TrainError(

@@ -219,9 +219,9 @@ def test_a_checkpoint_of_other_classes(
             for i in range(10):
                 path = tmp_path / "images" / part / name / f"{i}.png"
                 Image.new("RGB", (8, 8), (colour, i, 0)).save(path)
-    flags = [*TINY, "--dataset", "folder", "--data-dir", str(tmp_path / "images")]
-    flags = [flag for flag in flags if flag not in ("--image-size", "8", "--train-size", "40")]
-    flags = [*flags, "--depth", "8", "--resume", str(finished / "checkpoint.pt")]
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--device", "cpu"]
+    flags += ["--depth", "8", "--width", "4", "--batch-size", "16"]
+    flags += ["--resume", str(finished / "checkpoint.pt")]
     fails([*flags, "--out", str(tmp_path / "out")], capsys, "10 classes", "data set 2")
 
 
@@ -270,3 +270,14 @@ def test_a_fused_step_launches_every_kernel(tmp_path: Path) -> None:
     assert started["_batch_norm_relu_bwd_kernel"] == "7"
     assert int(started["_batch_norm_relu_fwd_kernel"]) > 7
     assert int(started["_augment_fwd_kernel"]) >= 4
+
+
+def test_a_resnet_20_learns_the_synthetic_set(tmp_path: Path) -> None:
+    """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %."""
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--fused", "--epochs", "3"]
+    flags += ["--schedule", "cosine", "--eval-every", "3", "--out", str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "train" / "main.py"), *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] > 90
