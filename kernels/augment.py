@@ -34,8 +34,9 @@ def _bounded(word, span: tl.constexpr):
     return ((word.to(tl.uint64) * span) >> 32).to(tl.int32)
 
 
-# seed, epoch and N change from run to run, epoch to epoch and set to set: none may recompile.
-@triton.jit(do_not_specialize=["N", "seed", "epoch"])
+# These change from set to set, run to run, epoch to epoch and batch to batch (index may be a slice
+# that begins anywhere): none of them may compile the kernel again.
+@triton.jit(do_not_specialize=["N", "seed", "epoch"], do_not_specialize_on_alignment=["index_ptr"])
 def _augment_fwd_kernel(
     images_ptr, index_ptr, mean_ptr, std_ptr, y_ptr,
     N, seed, epoch, index_stride,

@@ -1,6 +1,7 @@
 """The training loop: from a data set on the device to trained weights."""
 
 import contextlib
+import inspect
 import resource
 import sys
 import time
@@ -22,6 +23,13 @@ from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
+
+# DDP's name for copying the leading process's buffers at every forward changed in PyTorch 2.15.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,9 +92,9 @@ class Trainer:
             self.network = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                # Statistics stay each process's own; they are averaged before every evaluation.
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                # Statistics stay each process's own; they are averaged before every evaluation.
+                **{_SYNC_BUFFERS: False},
             )
             self._settle_buckets()
 

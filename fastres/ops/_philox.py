@@ -7,45 +7,54 @@ numbers: as easy as 1, 2, 3"; known answers in Random123's kat_vectors.
 import torch
 from torch import Tensor
 
+Words = int | Tensor
+
 # The counter's third word keeps the draws for one purpose apart from those for another.
 CROP_STREAM = 1
 SHUFFLE_STREAM = 2
 
-_ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(
-    seed: int | Tensor, c0: Tensor, c1: int | Tensor, c2: int | Tensor, c3: int | Tensor
+    seed: Words, c0: Words, c1: Words, c2: Words, c3: Words = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words for each counter, by ten rounds of Philox 4x32.
+    """Four random words for each counter (c0, c1, c2, c3), by ten rounds of Philox 4x32.
 
     Args:
         seed: the key, 64 bits as a signed integer.
-        c0, c1, c2, c3: the counter's words, each in [0, 2^32). Tensors, the seed's too, are int64
-            on c0's device, and their shapes broadcast.
+        c0, c1, c2, c3: the counter's words, each in [0, 2^32). Of the five one at least is a
+            tensor; tensors are int64, on one device, and their shapes broadcast.
     Returns:
         Four int64 tensors of the broadcast shape, each value in [0, 2^32).
     Source: Salmon et al. 2011, doi:10.1145/2063384.2063405.
     """
-    # As tensors, because torch.compile turns bits of a changing Python integer into floats.
-    key, c1, c2, c3 = (
-        v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=c0.device)
-        for v in (seed, c1, c2, c3)
+    words = (seed, c0, c1, c2, c3)
+    if not torch.compiler.is_compiling():
+        return _rounds(*words)
+    device = next(v.device for v in words if isinstance(v, Tensor))
+    tensors = (
+        v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=device)
+        for v in words
     )
-    steps = torch.arange(_ROUNDS, device=c0.device)
-    keys0 = ((key & _MASK)[..., None] + steps * _KEY_STEPS[0]) & _MASK
-    keys1 = ((key >> 32 & _MASK)[..., None] + steps * _KEY_STEPS[1]) & _MASK
-    for k0, k1 in zip(keys0.unbind(-1), keys1.unbind(-1), strict=True):
+    return torch.ops.fastres.philox.default(*tensors)
+
+
+def _rounds(
+    seed: Words, c0: Words, c1: Words, c2: Words, c3: Words
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high2, low2 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-    return c0, c1, c2, c3
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3  # type: ignore[return-value]  # one tensor has spread to all by now
 
 
-def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+def _multiply(word: Words, multiplier: int) -> tuple[Words, Words]:
     """The high and the low 32 bits of word * multiplier, both factors below 2^32.
 
     The product would pass 2^63, and what int64 does then is left to the compiler. With
@@ -54,3 +63,20 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """
     product = word * (multiplier - (1 << 32))
     return (product >> 32) + word, product & _MASK
+
+
+# Opaque to torch.compile, which is wrong with such integers: 64-bit arithmetic on an arange is done
+# in 32 bits (pytorch#175966), and the bits of a Python integer that varies become floats.
+@torch.library.custom_op("fastres::philox", mutates_args=())
+def _philox(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _rounds(seed, c0, c1, c2, c3)
+
+
+@_philox.register_fake
+def _(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = torch.broadcast_shapes(seed.shape, c0.shape, c1.shape, c2.shape, c3.shape)
+    return c0.new_empty(shape), c0.new_empty(shape), c0.new_empty(shape), c0.new_empty(shape)

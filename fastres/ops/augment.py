@@ -130,7 +130,7 @@ def _draw(
     index: Tensor, seed: int, epoch: int, padding: int, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each image's crop, tops and lefts int64 [B] in [0, 2*padding], and whether it is mirrored."""
-    words = philox(seed, index, epoch, CROP_STREAM, 0)
+    words = philox(seed, index, epoch, CROP_STREAM)
     # The high half of word * span is uniform in [0, span) to 2^-32, without a division.
     tops, lefts = ((word * (2 * padding + 1)) >> 32 for word in words[:2])
     return tops, lefts, (words[2] >= 1 << 31) & flip
@@ -192,7 +192,7 @@ def shuffle(n: int, seed: int, epoch: int, device: torch.device | str) -> Tensor
         raise ValueError(f"n: expected 0 <= n <= 2**32, got {n}")
     _check_counter(seed, epoch)
     number = torch.arange(n, device=device)
-    high, low, _, _ = philox(seed, number, epoch, SHUFFLE_STREAM, 0)
+    high, low, _, _ = philox(seed, number, epoch, SHUFFLE_STREAM)
     # Shifted to be signed first, so that nothing overflows.
     keys = (high - (1 << 31)) * (1 << 32) + low
     return torch.argsort(keys, stable=True)

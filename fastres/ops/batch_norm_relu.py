@@ -340,8 +340,10 @@ def _check(
             raise ValueError(
                 f"{name}: expected [{x.shape[1]}] on {x.device}, got {list(v.shape)} on {v.device}"
             )
-        if v.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{name}: expected torch.float32 or {x.dtype}, got {v.dtype}")
+        wanted = (x.dtype,) if x.dtype == torch.float64 else (torch.float32, x.dtype)
+        if v.dtype not in wanted:
+            names = " or ".join(dict.fromkeys(str(dtype) for dtype in wanted))
+            raise ValueError(f"{name}: expected {names}, got {v.dtype}")
         if name.startswith("running") and not v.is_contiguous():
             raise ValueError(f"{name}: expected contiguous, got stride {v.stride()}")
 
