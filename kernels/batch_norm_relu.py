@@ -325,6 +325,8 @@ def batch_norm_relu_bwd(
         mask: the forward's, or empty where it made none.
     """
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needs
+    needs_dweight = needs_dweight and weight is not None
+    needs_dbias = needs_dbias and bias is not None
     x, x_rows = as_rows(x)
     dx, dweight, dbias, dresidual = empty_grads(x, weight, bias, needs)
     if x.numel() == 0:

@@ -62,6 +62,6 @@ def _every_number_accounted_for() -> Iterator[None]:
     # Filling comes only with deterministic algorithms. Only warn: on a GPU some of PyTorch's own
     # ops that stand beside ours in a test have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # made a property at import
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -25,10 +25,10 @@ from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
 _EVAL_BATCH = 500
 
 # DDP's name for copying the leading process's buffers at every forward changed in PyTorch 2.15.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
+_KEEP_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
+    else {"broadcast_buffers": False}
 )
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -94,7 +94,7 @@ class Trainer:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 # Statistics stay each process's own; they are averaged before every evaluation.
-                **{_SYNC_BUFFERS: False},
+                **_KEEP_BUFFERS,
             )
             self._settle_buckets()
 

@@ -32,13 +32,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NHWC = torch.channels_last
 
 
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take PyTorch's own ops, as they do without Triton's interpreter."""
+    monkeypatch.setattr(_register, "INTERPRET", False)
+
+
 @pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each path that the tensors may take: the Triton kernels, and PyTorch's own ops on a CPU."""
+def path(request: pytest.FixtureRequest, device: str) -> str:
+    """Each path that the tensors may take."""
     if request.param == "native":
         if device != "cpu":
             pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
+        request.getfixturevalue("native")
     return str(request.param)
 
 
@@ -55,7 +61,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, training: bool) -> Case:
         dy_layout=draw(layouts),
         residual_layout=draw(st.one_of(st.none(), layouts)),
         dtype=dtype,
-        half_params=draw(st.booleans()),
+        half_params=dtype == torch.float64 or draw(st.booleans()),
         weight=draw(st.booleans()),
         bias=draw(st.booleans()),
         training=training,
@@ -72,11 +78,26 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, training: bool) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_equals_the_reference(
-    path: str, device: str, dtype: torch.dtype, training: bool, data: st.DataObject
+    device: str, dtype: torch.dtype, training: bool, data: st.DataObject
 ) -> None:
-    tiles = path == "kernels" and data.draw(st.booleans(), label="small tiles")
-    with small_tiles() if tiles else nullcontext():
-        check(data.draw(cases(dtype, training)), device)
+    case = data.draw(cases(dtype, training))
+    with small_tiles() if data.draw(st.booleans(), label="small tiles") else nullcontext():
+        check(case, device)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@given(data=st.data())
+def test_native_path_is_bitwise_the_reference(
+    native: None, dtype: torch.dtype, training: bool, data: st.DataObject
+) -> None:
+    """It is PyTorch's own ops, with the add and the ReLU in place."""
+    case = data.draw(cases(dtype, training))
+    given_ = tensors(case, "cpu")
+    got, want = run(batch_norm_relu, case, given_), run(batch_norm_relu_reference, case, given_)
+    assert got.keys() == want.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,7 +159,10 @@ def test_nan_and_inf_pass_as_in_pytorch(path: str, device: str, bad: float, trai
         for channel, name in enumerate(("x", "residual", "dy")):
             if (t := given_[name]) is not None:
                 t[1, channel, 1, 2] = bad
-        ours, peer = run(batch_norm_relu, case, given_), run(batch_norm_relu_reference, case, given_)
+        ours, peer = (
+            run(batch_norm_relu, case, given_),
+            run(batch_norm_relu_reference, case, given_),
+        )
         for name in ours:
             # Whether a sum over Inf ends as Inf or as NaN follows its order: PyTorch's own CPU and
             # CUDA kernels differ in it, for the running mean and for what is summed over x or dy.
@@ -237,24 +261,22 @@ def test_weight_and_bias_of_any_stride(path: str, device: str) -> None:
         results = []
         for op in (batch_norm_relu, batch_norm_relu_reference):
             leaves = [v.detach().requires_grad_() for v in (weight, bias)]
-            y = op(x, None, None, *leaves, training=True)
+            y = op(x, None, None, leaves[0], leaves[1], training=True)
             results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_native_path_in_fp64(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
+def test_native_path_passes_gradcheck(native: None, training: bool) -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     stats = (torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
 
     def op(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        running = (None, None) if training else stats
-        return batch_norm_relu(x, *running, weight, bias, training, residual=residual)
+        mean, var = (None, None) if training else stats
+        return batch_norm_relu(x, mean, var, weight, bias, training, residual=residual)
 
     args = (leaf(3, 4, 2, 3), leaf(4), leaf(4), leaf(3, 4, 2, 3))
     assert torch.autograd.gradcheck(op, args, atol=GRADCHECK_ATOL)
@@ -299,7 +321,7 @@ def _wrong() -> Iterator[tuple[dict[str, Any], str]]:
     for name in ("running_mean", "running_var", "weight", "bias"):
         yield {name: torch.ones(4)}, rf"{name}: expected \[3\] on cpu, got \[4\] on cpu"
         yield {name: v.to("meta")}, rf"{name}: expected \[3\] on cpu, got \[3\] on meta"
-        yield {name: v.half()}, rf"{name}: expected torch.float32 or .*, got torch.float16"
+        yield {name: v.half()}, rf"{name}: expected torch.float32, got torch.float16"
     for name in ("running_mean", "running_var"):
         yield {name: torch.ones(6)[::2]}, rf"{name}: expected contiguous, got stride \(2,\)"
     yield {"momentum": None}, "momentum: expected a float, got None"
@@ -312,9 +334,21 @@ def test_wrong_input_is_refused_in_words(
     # Also where a GPU is: on CPU tensors these are the kernels' own demands.
     monkeypatch.setattr(_register, "INTERPRET", True)
     v = torch.ones(3)
-    right = {"x": torch.zeros(2, 3, 4, 4), "running_mean": v, "running_var": v, "training": True}
+    right: dict[str, Any] = {
+        "x": torch.zeros(2, 3, 4, 4),
+        "running_mean": v,
+        "running_var": v,
+        "training": True,
+    }
     with pytest.raises(ValueError, match=words):
         batch_norm_relu(**(right | change))
+
+
+def test_fp64_wants_fp64_throughout(native: None) -> None:
+    """PyTorch's own batch_norm mixes fp32 parameters with half precision only."""
+    x, v = torch.zeros(2, 3, 4, 4).double(), torch.ones(3)
+    with pytest.raises(ValueError, match="weight: expected torch.float64, got torch.float32"):
+        batch_norm_relu(x, None, None, v, training=True)
 
 
 def test_the_registered_op_refuses_a_tensor_that_has_no_kernels(

@@ -1,0 +1,195 @@
+"""Build every kernel ahead of time, with no GPU, and print registers, spills and shared memory.
+
+    python benchmarks/kernel_builds.py [--op OP] [--dtype fp16 ...] [--target sm_90 ...]
+        [--few] [--json FILE]
+
+The launchers run on meta tensors with their launches recorded, so that what is built is what would
+be launched. Of launches that run the same binary the first is named.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# A kernel that was imported for Triton's interpreter cannot be compiled.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+
+from fastres.kernels import _aot, augment, batch_norm_relu
+from fastres.kernels._launch import Launch, record
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+class Variant(NamedTuple):
+    name: str
+    launches: list[Launch]
+    # One of the few that meet every kernel in its usual form.
+    usual: bool
+
+
+@contextmanager
+def _recorded(into: list[Variant], name: str, usual: bool = False) -> Iterator[None]:
+    with record() as launches:
+        yield
+    into.append(Variant(name, launches, usual))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "NHWC") -> torch.Tensor:
+    if len(shape) != 4:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[fmt])
+
+
+def _batch_norm_relu_step(
+    into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
+    fmt: str = "NHWC", dy_fmt: str | None = None, residual: bool = False, training: bool = True,
+    affine: bool = True, relu: bool = True, usual: bool = False,
+) -> None:  # fmt: skip
+    x, dy = _empty(shape, dtype, fmt), _empty(shape, dtype, dy_fmt or fmt)
+    vector = _empty(shape[1:2], torch.float32)
+    weight = bias = vector if affine else None
+    shortcut = _empty(shape, dtype, fmt) if residual else None
+    running = None if training else (vector, vector)
+    with _recorded(into, f"{name} fwd", usual):
+        _, mean, var, mask = batch_norm_relu.batch_norm_relu_fwd(
+            x, weight, bias, shortcut, running, 1e-5, relu
+        )
+    mean, var = running or (mean, var)
+    with _recorded(into, f"{name} bwd", usual):
+        batch_norm_relu.batch_norm_relu_bwd(
+            dy, x, weight, bias, mean, var, mask, 1e-5, relu, training,
+            (True, affine, affine, residual),
+        )  # fmt: skip
+
+
+def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    for C, fmt, residual, training in itertools.product(
+        (16, 32, 64), FORMATS, (False, True), (True, False)
+    ):
+        name = f"C={C} {fmt} {'train' if training else 'eval'}{' +residual' if residual else ''}"
+        _batch_norm_relu_step(
+            found, name, (128, C, 512 // C, 512 // C), dtype, fmt, residual=residual,
+            training=training, usual=C == 16 and training,
+        )  # fmt: skip
+    # What no ResNet on 32x32 images meets: other divisibility, blocks of 64 channels, sizes of 1.
+    odd: dict[str, Any] = {"dtype": dtype, "residual": True}
+    _batch_norm_relu_step(found, "C=20 7x7 NCHW", (3, 20, 7, 7), fmt="NCHW", **odd)
+    _batch_norm_relu_step(found, "C=512 7x7", (32, 512, 7, 7), usual=True, **odd)
+    _batch_norm_relu_step(found, "C=16 dy NCHW", (128, 16, 32, 32), dy_fmt="NCHW", **odd)
+    _batch_norm_relu_step(found, "C=1 M=2", (2, 1, 1, 1), **odd)
+    _batch_norm_relu_step(found, "C=1 M=1 eval", (1, 1, 1, 1), training=False, **odd)
+    _batch_norm_relu_step(found, "C=16 no affine", (128, 16, 32, 32), dtype, affine=False)
+    _batch_norm_relu_step(found, "C=16 no relu", (128, 16, 32, 32), dtype, relu=False)
+    for fmt in FORMATS:
+        wide = (2**17, 16, 32, 32)
+        _batch_norm_relu_step(found, f"C=16 {fmt} wide", wide, fmt=fmt, usual=True, **odd)
+    vector, batches = _empty((16,), torch.float32), _empty((), torch.int64)
+    half = _empty((16,), dtype)
+    for momentum, counter in ((0.1, batches), (None, batches), (0.1, None)):
+        for running in (vector, half):
+            name = f"running={running.dtype} momentum={momentum} counter={counter is not None}"
+            with _recorded(found, f"C=16 {name.replace('torch.', '')}", usual=True):
+                batch_norm_relu.update_running(
+                    running, running, counter, vector, vector, momentum, 1024
+                )
+    return found
+
+
+def augment_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    index, vector = _empty((128,), torch.int64), _empty((3,), torch.float32)
+    for source, fmt, (padding, flip) in itertools.product(
+        FORMATS, FORMATS, ((4, True), (0, False))
+    ):
+        images = _empty((50_000, 3, 32, 32), torch.uint8, source)
+        name = f"32x32 {source} to {fmt}{f' padding={padding} flip' if flip else ''}"
+        with _recorded(found, name, usual=flip):
+            augment.augment_fwd(
+                images, index, (vector, vector), 2**40, 1, padding, flip, dtype, fmt == "NHWC"
+            )
+    large = _empty((2, 3, 2**15, 2**15), torch.uint8, "NCHW")
+    with _recorded(found, "wide", usual=True):
+        augment.augment_fwd(large, index, (vector, vector), 1, 1, 4, True, dtype, True)
+    return found
+
+
+# Another op's launches: a function from a dtype to its variants, here.
+OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
+    "batch_norm_relu": batch_norm_relu_variants,
+    "augment": augment_variants,
+}
+
+
+class Task(NamedTuple):
+    """Which launch to build, by where `configurations` has it: launches do not pickle."""
+
+    op: str
+    dtype: str
+    variant: int
+    launch: int
+    target: str
+
+
+def configurations(op: str, dtype: str) -> list[Variant]:
+    return OPS[op](DTYPES[dtype])
+
+
+def tasks(ops: list[str], dtypes: list[str], targets: list[str], few: bool) -> list[Task]:
+    found: dict[tuple[str, ...], Task] = {}
+    for op, dtype in itertools.product(ops, dtypes):
+        for v, variant in enumerate(configurations(op, dtype)):
+            for (i, launch), target in itertools.product(enumerate(variant.launches), targets):
+                if variant.usual or not few:
+                    key = (target, *_aot.specialized(launch, target).key)
+                    found.setdefault(key, Task(op, dtype, v, i, target))
+    return list(found.values())
+
+
+def build(task: Task) -> dict[str, Any]:
+    """A row of the table."""
+    # One process of the pool meets each configuration many times, and recording takes no time.
+    variant = configurations(task.op, task.dtype)[task.variant]
+    made = dataclasses.asdict(_aot.build(variant.launches[task.launch], task.target))
+    return {"kernel": made.pop("kernel"), "variant": f"{task.dtype} {variant.name}"} | made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp16"])
+    parser.add_argument("--target", nargs="+", choices=_aot.TARGETS, default=list(_aot.TARGETS))
+    parser.add_argument("--few", action="store_true", help="each kernel in its usual forms only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    chosen = parser.parse_args()
+    todo = tasks(chosen.op, chosen.dtype, chosen.target, chosen.few)
+    print(f"{len(todo)} builds, Triton {_aot.triton.__version__}", file=sys.stderr)
+    # Triton's compiler holds threads and locks that a forked child would inherit half way.
+    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(build, todo, chunksize=4))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(rows, indent=1))
+    head = ("kernel", "variant", "target", "registers", "spilled", "shared", "seconds")
+    lines = [head, *([str(r[n]) for n in head[:-1]] + [f"{r['seconds']:.2f}"] for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
+    spilling = sum(row["spilled"] > 0 for row in rows)
+    print(f"{len(rows)} builds, {spilling} spill; spilled and shared in bytes")
+
+
+if __name__ == "__main__":
+    main()
