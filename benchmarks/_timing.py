@@ -16,6 +16,10 @@ class Clock:
     def __init__(self, minutes: float = float("inf")) -> None:
         self._end = time.monotonic() + 60 * minutes
 
+    def left(self, most: float) -> float:
+        """Seconds that something may still take, one at the least."""
+        return max(min(most, self._end - time.monotonic()), 1.0)
+
     def has(self, seconds: float, for_what: str) -> bool:
         left = self._end - time.monotonic()
         if left < seconds:
@@ -67,7 +71,8 @@ def time_graph(fn: Callable[[], Any], seconds: float) -> Timing:
 
 def time_wall(fn: Callable[[], Any], seconds: float) -> Timing:
     """Time something whose host work counts too, a training step above all, by the wall clock."""
-    measured = Timer("fn()", globals={"fn": fn}).blocked_autorange(min_run_time=seconds)
+    timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
+    measured = timer.blocked_autorange(min_run_time=seconds)
     return percentiles([1000 * t for t in measured.times])
 
 

@@ -23,7 +23,7 @@ from _timing import Clock, time_wall
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
 from config import Config  # noqa: E402  # found by the line above
-from trainer import Trainer  # noqa: E402  # as above
+from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
 from workers import Workers  # noqa: E402  # as above
 
 from fastres.data import Splits, split, synthetic  # noqa: E402  # as above
@@ -53,6 +53,7 @@ def make_step(
 ) -> Callable[[], Any]:
     """One training step of a run with these settings, on the same images each time."""
     config = Config(dataset="synthetic", **settings, **model)
+    set_precision_and_determinism(config)
     trainer = Trainer(config, Workers(0, 1, 0, device), data)
     if mode is not None:
         trainer.model.compile(mode=mode, dynamic=False)

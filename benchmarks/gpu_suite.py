@@ -9,8 +9,8 @@ With --small the same parts run on a CPU, at toy size, to show that the suite it
 """
 
 import argparse
-import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,21 +29,41 @@ from _timing import Clock
 _ROOT = Path(__file__).parent.parent
 
 
-def gpu_tests(small: bool) -> dict[str, Any]:
-    """pytest -m gpu; at toy size only their collection."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x" if small else "-rfEs"]
-    if small:
-        command.append("--collect-only")
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=150)
-    print(done.stdout[-3000:])
+def gpu_tests(small: bool, clock: Clock) -> dict[str, Any]:
+    """The tests marked gpu, then every test of ops and models on the GPU; else only collected."""
+    results: dict[str, Any] = {}
+    # The second compiles hundreds of variants: it may take what the rest leaves, and no more.
+    selections = {"gpu": ["-m", "gpu"], "ops": ["-m", "not gpu", "tests/ops", "tests/models"]}
+    for name, selection in selections.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-rfEs", *selection]
+        command += ["--collect-only"] if small else ["-n", str(min(os.cpu_count() or 1, 8))]
+        results[name] = run_part(command, clock, most=150 if name == "gpu" else 90)
+        print("\n".join(results[name]["output"][-12:]), flush=True)
+    return results
+
+
+def run_part(command: list[str], clock: Clock, most: float) -> dict[str, Any]:
+    """A command's exit status and the end of its output; None where its time ran out."""
+    limit = clock.left(most)
+    try:
+        # Decoded images of the suite's own folder are of no use to anybody later.
+        with tempfile.TemporaryDirectory() as cache:
+            done = subprocess.run(
+                command, cwd=_ROOT, env=os.environ | {"XDG_CACHE_HOME": cache},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit,
+            )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stdout or b""
+        text = said.decode() if isinstance(said, bytes) else said
+        return {"exit_status": None, "seconds": limit, "output": text.splitlines()[-40:]}
     return {"exit_status": done.returncode, "output": done.stdout.splitlines()[-40:]}
 
 
-def training(small: bool, device: torch.device, folder: Path | None) -> dict[str, Any]:
+def training(small: bool, device: torch.device, folder: Path | None, clock: Clock) -> Any:
     """A few epochs of train/main.py, fused and plain with one seed, on a folder data set."""
     results: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         if folder is None:
             folder = scratch / "images"
             draw_folder(folder, *((64, 32) if small else (4000, 1000)))
@@ -55,17 +75,13 @@ def training(small: bool, device: torch.device, folder: Path | None) -> dict[str
         for fused in ("--fused", "--no-fused"):
             out = scratch / fused.strip("-")
             command = [sys.executable, str(_ROOT / "train" / "main.py"), *flags, fused]
-            done = subprocess.run(
-                [*command, "--out", str(out)], capture_output=True, text=True, timeout=100
-            )
-            if done.returncode:
-                results[fused] = {"exit_status": done.returncode, "error": done.stderr[-2000:]}
-                print(f"training {fused} failed:\n{done.stderr[-2000:]}")
-                continue
-            epochs = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-            summary = json.loads((out / "summary.json").read_text())
-            results[fused] = {"exit_status": 0, "summary": summary, "epochs": epochs}
-            print(f"training {fused}: " + done.stdout.split("\ntest accuracy")[-1].splitlines()[0])
+            results[fused] = run_part([*command, "--out", str(out)], clock, most=100)
+            if results[fused]["exit_status"] == 0:
+                results[fused]["epochs"] = [
+                    json.loads(line) for line in (out / "metrics.jsonl").open()
+                ]
+                results[fused]["summary"] = json.loads((out / "summary.json").read_text())
+            print(f"training {fused}:", *results[fused]["output"][-5:], sep="\n  ", flush=True)
     return results
 
 
@@ -96,20 +112,22 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = environment() | {"small": args.small, "seconds": {}}
     name = (results["gpu"] or {"name": "cpu"})["name"].lower().replace(" ", "-")
-    out = args.out or Path(__file__).parent / "results" / f"{results['date'][:10]}-{name}.json"
+    stamp = results["date"][:16].replace(":", "").replace("T", "-")
+    size = "-small" if args.small else ""
+    out = args.out or Path(__file__).parent / "results" / f"{stamp}-{name}{size}.json"
     clock = Clock(args.minutes)
     seconds = 0.01 if args.small else 0.05
     batch_sizes, step_seconds = ([16], 0.01) if args.small else ([128, 1024], 1.0)
     model = {"depth": 8, "width": 4} if args.small else {"depth": 20, "width": 16}
     # The op's long sweep comes last, and takes what time is left.
     parts: dict[str, Callable[[], Any]] = {
-        "tests": lambda: gpu_tests(args.small),
+        "tests": lambda: gpu_tests(args.small, clock),
         "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, clock, **model),
-        "training": lambda: training(args.small, device, args.folder),
+        "training": lambda: training(args.small, device, args.folder, clock),
         "augment": lambda: bench_augment.bench(device, args.small, seconds),
         "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
     }
-    failed = False
+    failures: list[str] = []
     for part, run in parts.items():
         print(f"--- {part}", flush=True)
         started = time.perf_counter()
@@ -117,16 +135,22 @@ def main() -> int:
             results[part] = run()
         except Exception as error:  # one part's failure must not cost the others' figures
             results[part] = {"error": f"{type(error).__name__}: {error}"}
-            print(f"{part} failed: {results[part]['error']}", file=sys.stderr)
-            failed = True
+            failures.append(f"{part}: {results[part]['error']}")
         results["seconds"][part] = time.perf_counter() - started
+        if part in ("tests", "training"):
+            failures += [
+                f"{part} {name}: exit status {run['exit_status']}"
+                for name, run in results[part].items()
+                # Collecting tests, none of which may be selected, ends with 5.
+                if isinstance(run, dict)
+                and run["exit_status"] not in ((0, 5) if args.small else (0,))
+            ]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
-    # Collecting tests, none of which may be selected, ends with status 5 at toy size.
-    failed |= results["tests"].get("exit_status", 1) not in ((0, 5) if args.small else (0,))
-    failed |= any(r.get("exit_status", 1) for r in results["training"].values())
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
     print(f"wrote {out} after {sum(results['seconds'].values()):.0f} s")
-    return int(failed)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

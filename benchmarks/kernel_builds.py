@@ -82,7 +82,7 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
         name = f"C={C} {fmt} {'train' if training else 'eval'}{' +residual' if residual else ''}"
         _batch_norm_relu_step(
             found, name, (128, C, 512 // C, 512 // C), dtype, fmt, residual=residual,
-            training=training, usual=C == 16 and training,
+            training=training, usual=C == 16 and training and (residual or fmt == "NHWC"),
         )  # fmt: skip
     # What no ResNet on 32x32 images meets: other divisibility, blocks of 64 channels, sizes of 1.
     odd: dict[str, Any] = {"dtype": dtype, "residual": True}
@@ -98,13 +98,12 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
         _batch_norm_relu_step(found, f"C=16 {fmt} wide", wide, fmt=fmt, usual=True, **odd)
     vector, batches = _empty((16,), torch.float32), _empty((), torch.int64)
     half = _empty((16,), dtype)
-    for momentum, counter in ((0.1, batches), (None, batches), (0.1, None)):
-        for running in (vector, half):
-            name = f"running={running.dtype} momentum={momentum} counter={counter is not None}"
-            with _recorded(found, f"C=16 {name.replace('torch.', '')}", usual=True):
-                batch_norm_relu.update_running(
-                    running, running, counter, vector, vector, momentum, 1024
-                )
+    for running, (momentum, counter) in itertools.product(
+        (vector, half), ((0.1, batches), (None, batches), (0.1, None))
+    ):
+        name = f"C=16 {'fp32' if running is vector else 'half'} running, momentum={momentum}"
+        with _recorded(found, f"{name}{'' if counter is None else ', counted'}", running is vector):
+            batch_norm_relu.update_running(running, running, counter, vector, vector, momentum, 99)
     return found
 
 

@@ -68,8 +68,8 @@ def sum_partials(partial_ptr, c, c_ok, C, P, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def rstd_of(var, eps):
-    """1 / sqrt(var + eps), correctly rounded: it is per channel, so precision costs nothing."""
-    return 1.0 / tl.sqrt_rn(var + eps)
+    """1 / sqrt(var + eps), each step correctly rounded: per channel, precision costs nothing."""
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
 @triton.jit
@@ -114,12 +114,13 @@ def _moments_kernel(
 @triton.jit
 def _update_running_kernel(
     running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, mean_ptr, var_ptr,
-    C, momentum, correction, BLOCK_C: tl.constexpr, CUMULATIVE: tl.constexpr,
+    C, momentum, count, BLOCK_C: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
     """running += factor * (batch - running), factor = momentum or 1 / num_batches_tracked.
 
-    correction = M / (M - 1) makes the variance unbiased. One program does all channels.
+    The variance becomes unbiased by count / (count - 1). One program does all channels.
     """
+    correction = count / (count - 1)
     factor = momentum
     if num_batches_tracked_ptr is not None:
         batches = tl.load(num_batches_tracked_ptr) + 1
@@ -168,6 +169,6 @@ def update_running(
     launch(
         _update_running_kernel, (1,),
         running_mean, running_var, num_batches_tracked, mean, var,
-        mean.numel(), 0.0 if momentum is None else momentum, count / (count - 1),
+        mean.numel(), 0.0 if momentum is None else momentum, count,
         BLOCK_C=UPDATE_BLOCK_C, CUMULATIVE=momentum is None, num_warps=4,
     )  # fmt: skip

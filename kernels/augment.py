@@ -65,7 +65,9 @@ def _augment_fwd_kernel(
     std = tl.load(std_ptr + c, mask=ok, other=1.0)
 
     if PADDING > 0 or FLIP:
-        top, left, mirror, _ = tl.philox(seed, image.to(tl.uint32), epoch.to(tl.uint32), STREAM, 0)
+        # Compiled graphs hand over an epoch of 1 as a constant.
+        counter = tl.to_tensor(epoch).to(tl.uint32)
+        top, left, mirror, _ = tl.philox(seed, image.to(tl.uint32), counter, STREAM, 0)
         if FLIP:
             w = tl.where((mirror >> 31) != 0, W - 1 - w, w)
         if PADDING > 0:

@@ -37,6 +37,8 @@ torch.set_num_threads(
 def pytest_configure(config: pytest.Config) -> None:
     # Triton's interpreter computes in NumPy, which warns wherever NaN or Inf pass.
     config.addinivalue_line("filterwarnings", r"ignore::RuntimeWarning:triton\.runtime.*")
+    # Triton 3.6's interpreter makes integers of arrays of one element, which NumPy 2.4 refuses.
+    config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:triton\.runtime.*")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

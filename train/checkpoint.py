@@ -1,8 +1,8 @@
 """A checkpoint on disk: written whole or not at all, and read only if every byte is right."""
 
+import io
 import os
 import pickle
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,17 +23,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         TrainError: it cannot be written (no permission, disk full); the old file is untouched.
     """
     try:
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # One name, so that what a killed process left behind is written over. One process writes.
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            with os.fdopen(fd, "wb") as file:
+            with open(partial, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise TrainError(
             f"{path}: cannot be written ({error.strerror or error}); free the disk or choose "
@@ -43,7 +42,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Save a dict of tensors and plain values; see write_atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    # In memory first: torch.save hides a full disk behind an error of its own.
+    whole = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, whole)
+    write_atomically(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:

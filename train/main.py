@@ -19,7 +19,7 @@ import report
 import torch
 from config import Config, parse
 from errors import TrainError
-from trainer import Trainer, fused_ops
+from trainer import Trainer, fused_ops, set_precision_and_determinism
 from workers import Workers
 
 from fastres.data import Splits, cifar10, folder, split, synthetic
@@ -28,6 +28,17 @@ from fastres.data import Splits, cifar10, folder, split, synthetic
 _MODEL = ("depth", "width", "block", "shortcut")
 # Settings whose change needs no word.
 _SILENT = ("config", "out", "resume", "data_dir", "device", "epochs", "fused")
+
+
+def identity(data: Splits) -> dict[str, Any]:
+    """What tells one data set from another, wherever it lies."""
+    return {
+        "classes": list(data.classes),
+        "image_size": list(data.train.images.shape[2:]),
+        "test_images": len(data.dev) + len(data.test),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
 
 
 def load_data(config: Config) -> Splits:
@@ -64,8 +75,13 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
     if config.resume == "auto" and not own.exists():
         return None
     path = own if config.resume == "auto" else Path(config.resume)
+    if own.exists() and path.resolve() != own.resolve():
+        raise TrainError(
+            f"--out {config.out_dir}: holds a run already, and --resume {path} would overwrite it; "
+            "choose another --out"
+        )
     state = checkpoint.load(path)
-    then, now = state["config"], config.as_dict() | {"num_classes": state["num_classes"]}
+    then, now = state["config"], config.as_dict()
     for name in _MODEL:
         if then[name] != now[name]:
             raise TrainError(
@@ -73,19 +89,6 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
                 f"pass --{name} {then[name]}, or another --out"
             )
     return state
-
-
-def set_precision_and_determinism(config: Config) -> None:
-    """fp32 is fp32: PyTorch would let convolutions round their inputs to TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        # cuBLAS reads it when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # A debugging aid that comes with the flag and would fill every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a module class
 
 
 def describe(
@@ -130,11 +133,13 @@ def train(config: Config, workers: Workers) -> None:
         )
     workers.together(lambda: report.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
+    workers.agree(None if state is None else state["epoch"], "the checkpoint's epoch in --out")
     data = workers.leader_first(lambda: load_data(config)).to(workers.device)
-    if state is not None and state["num_classes"] != len(data.classes):
+    if state is not None and state["data"] != identity(data):
+        differ = [key for key, value in identity(data).items() if state["data"][key] != value]
         raise TrainError(
-            f"{config.out_dir}: the checkpoint's model has {state['num_classes']} classes, the "
-            f"data set {len(data.classes)}; choose another --out"
+            f"the checkpoint was trained on other data than {data.name} ({', '.join(differ)} "
+            "differ); name the data of that run, or choose another --out"
         )
     trainer = Trainer(config, workers, data)
     if state is not None:
@@ -172,7 +177,9 @@ def train(config: Config, workers: Workers) -> None:
         workers.say(f"nothing to train: {out} is at epoch {done} of {config.epochs}")
         accuracies = trainer.accuracies()
     seconds = time.perf_counter() - started
-    workers.together(lambda: finish(config, workers, data, metrics, accuracies, seconds))
+    workers.together(
+        lambda: finish(config, workers, data, metrics, accuracies, trainer.epoch, seconds)
+    )
 
 
 def keep(
@@ -185,7 +192,7 @@ def keep(
     """Write an epoch's record, then the checkpoint: a resume takes back records that run ahead."""
     if workers.leads:
         metrics.add(record)
-        about = {"config": config.as_dict(), "num_classes": len(trainer.data.classes)}
+        about = {"config": config.as_dict(), "data": identity(trainer.data)}
         checkpoint.save(config.out_dir / checkpoint.NAME, about | trainer.state_dict())
 
 
@@ -195,6 +202,7 @@ def finish(
     data: Splits,
     metrics: report.Metrics,
     accuracies: report.Record,
+    epochs: int,
     seconds: float,
 ) -> None:
     """Draw the curve, write the summary, and say how it went and where everything lies."""
@@ -206,7 +214,7 @@ def finish(
     training = sum(record["seconds"] for record in metrics.records)
     summary = {
         "data": data.name,
-        "epochs": len(metrics.records),
+        "epochs": epochs,
         **accuracies,
         "training_seconds": training,
         "wall_seconds": seconds,

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import math
+import os
 import resource
 import sys
 import time
@@ -23,6 +25,8 @@ from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
+# Two stages halve an image, and its crop is padded by four pixels.
+_SMALLEST_SIDE = 8
 
 # DDP's name for copying the leading process's buffers at every forward changed in PyTorch 2.15.
 _KEEP_BUFFERS: dict[str, Any] = (
@@ -32,6 +36,19 @@ _KEEP_BUFFERS: dict[str, Any] = (
 )
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def set_precision_and_determinism(config: Config) -> None:
+    """fp32 is fp32: PyTorch would let convolutions round their inputs to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # A debugging aid that comes with the flag and would fill every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a module class
 
 
 def build_model(config: Config, num_classes: int) -> ResNet:
@@ -47,8 +64,8 @@ def fused_ops(model: nn.Module, device: torch.device) -> str:
     """Which fused ops a model takes, for the person who asked for --fused."""
     layers = sum(isinstance(m, BatchNormReLU2d) for m in model.modules())
     triton = takes_kernels(torch.empty(0, device=device))
-    path = "Triton kernels" if triton else "PyTorch's own operators (no GPU here)"
-    return f"batch_norm_relu ({layers} layers), augment, by {path}"
+    path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
+    return f"batch_norm_relu ({layers} layers), augment; by {path}"
 
 
 class Trainer:
@@ -58,13 +75,19 @@ class Trainer:
         """data: already on the workers' device; the batch size is a multiple of their number.
 
         Raises:
-            TrainError: the batch exceeds the training set.
+            TrainError: the batch exceeds the training set, or the images are too small.
         """
         self.steps_per_epoch = len(data.train) // config.batch_size
         if self.steps_per_epoch == 0:
             raise TrainError(
                 f"--batch-size {config.batch_size}: more than the {len(data.train)} training "
                 "images; choose a smaller one"
+            )
+        side = min(data.train.images.shape[2:])
+        if side < _SMALLEST_SIDE:
+            raise TrainError(
+                f"{data.name}: images of {side} pixels a side are too small for this model; pass "
+                f"--image-size {_SMALLEST_SIDE} or more"
             )
         self.config, self.workers, self.data = config, workers, data
         device = workers.device
@@ -173,9 +196,12 @@ class Trainer:
                 order[first : first + share], self.epoch * self.steps_per_epoch + i
             )
             progress.step()
+        # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
+        for t in (*self.model.parameters(), *self.model.buffers()):
+            total += 0.0 * t.detach().double().sum()
         loss = float(workers.sum_(total)) / (self.steps_per_epoch * workers.world_size)
         seconds = time.perf_counter() - start
-        if not loss < float("inf"):
+        if not math.isfinite(loss):
             raise TrainError(
                 f"the loss of epoch {self.epoch + 1} is {loss}: training diverged at "
                 f"--lr {config.lr}; lower it or add --warmup-epochs (the last checkpoint is whole)"
@@ -207,7 +233,7 @@ class Trainer:
         """Accuracy in % in eval mode, every image counted once whatever the number of processes."""
         self.model.eval()
         rank, world_size = self.workers.rank, self.workers.world_size
-        mine = torch.arange(rank, len(images), world_size, device=self.workers.device)
+        mine = torch.arange(len(images), device=self.workers.device)[rank::world_size]
         correct = torch.zeros((), dtype=torch.int64, device=self.workers.device)
         for index in mine.split(_EVAL_BATCH):
             x = self._images(images, index, padding=0, flip=False)

@@ -103,6 +103,17 @@ class Workers:
             raise TrainError(first)
         return value  # type: ignore[return-value]  # None only where action returned None
 
+    def agree(self, value: object, what: str) -> None:
+        """Raise TrainError on every process unless all have the same value."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        if any(v != values[0] for v in values):
+            raise TrainError(
+                f"{what} differs between the processes ({values}): give them one file system"
+            )
+
     def leader_first(self, action: Callable[[], T]) -> T:
         """Run `action` on one process of each machine, then on the rest, which find it cached."""
         value = self.together(action if self.local_rank == 0 else lambda: None)

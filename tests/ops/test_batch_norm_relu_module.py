@@ -180,6 +180,20 @@ def test_the_function_compiles_in_one_graph(path: None, device: str) -> None:
     _compiled_agrees(f, module, (2, 5, 4, 4), backend="inductor", device=device)
 
 
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_module_exports_with_a_batch_of_any_size(
+    path: None, training: bool, device: str
+) -> None:
+    module = BatchNormReLU2d(5, device=device).train(training)
+    x = torch.randn(4, 5, 4, 4, device=device)
+    batch = {0: torch.export.Dim("batch", min=2, max=512)}
+    exported = torch.export.export(module, (x, x.flip(0)), dynamic_shapes=(batch, batch))
+    other = copy.deepcopy(module)
+    smaller = x[:3]
+    torch.testing.assert_close(exported.module()(smaller, smaller), other(smaller, smaller))
+
+
 def _samples(device: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments of fastres::batch_norm_relu."""
 

@@ -59,7 +59,12 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "return mean, m2 / (count - 1)",
         CASE,
     ),
-    "tracks the biased variance": ("_moments", "count / (count - 1),", "1.0,", CASE),
+    "tracks the biased variance": (
+        "_moments",
+        "correction = count / (count - 1)",
+        "correction = 1.0",
+        CASE,
+    ),
     "the mask forgets the residual": (
         "batch_norm_relu",
         "store_bits(mask_ptr, passes,",

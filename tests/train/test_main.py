@@ -24,8 +24,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a CPU without the interpreter runs; and no run's settings left for the next test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_register, "INTERPRET", False)
     benchmark = torch.backends.cudnn.benchmark
     yield
@@ -172,11 +173,19 @@ def fails(
         assert word in said[0]
 
 
-def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = ["--out", str(tmp_path / "out")]
     fails([*TINY, *out, "--fusde"], capsys, "--fusde", "--fused", status=2)
     fails([*TINY, *out, "--batch-size", "41"], capsys, "--batch-size 41", "40 training images")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     fails([*TINY, *out, "--device", "cuda"], capsys, "--device cuda", "no GPU", status=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("2 processes", "1 GPU", "--nproc_per_node 1", "--device cpu")
+    fails([*TINY, *out, "--device", "cuda"], capsys, *words, status=2)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -210,19 +219,41 @@ def test_checkpoints_that_do_not_fit(
     assert source.read_bytes() == before
 
 
-def test_a_checkpoint_of_other_classes(
+def draw_folder(root: Path, train: int, test: int, side: int = 8) -> None:
+    """Images of one colour in two classes, half of them each."""
+    for part, count in (("train", train), ("test", test)):
+        for name, colour in (("a", 10), ("b", 200)):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count // 2):
+                image = Image.new("RGB", (side, side), (colour, i, 0))
+                image.save(root / part / name / f"{i}.png")
+
+
+def test_another_run_is_not_overwritten_by_a_resume(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for part in ("train", "test"):
-        for name, colour in (("a", 10), ("b", 200)):
-            (tmp_path / "images" / part / name).mkdir(parents=True)
-            for i in range(10):
-                path = tmp_path / "images" / part / name / f"{i}.png"
-                Image.new("RGB", (8, 8), (colour, i, 0)).save(path)
+    assert main([*TINY, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    before = weights(tmp_path)
+    resume = ["--resume", str(finished / "checkpoint.pt"), "--out", str(tmp_path)]
+    fails([*TINY, *resume], capsys, "holds a run already", "--out")
+    assert same(weights(tmp_path), before)
+
+
+def test_images_that_are_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_folder(tmp_path / "images", 20, 20, side=4)
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--device", "cpu"]
+    flags += ["--batch-size", "16", "--out", str(tmp_path / "out")]
+    fails(flags, capsys, "4 pixels", "--image-size 8")
+
+
+def test_a_checkpoint_of_other_data(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_folder(tmp_path / "images", 20, 20)
     flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--device", "cpu"]
     flags += ["--depth", "8", "--width", "4", "--batch-size", "16"]
     flags += ["--resume", str(finished / "checkpoint.pt")]
-    fails([*flags, "--out", str(tmp_path / "out")], capsys, "10 classes", "data set 2")
+    fails([*flags, "--out", str(tmp_path / "out")], capsys, "other data", "classes", "mean")
 
 
 def test_data_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +287,10 @@ def test_a_fused_step_launches_every_kernel(tmp_path: Path) -> None:
         "print('KERNELS', *(f'{name}={count}' for name, count in sorted(started.items())))\n"
         "sys.exit(status)\n"
     )
-    flags = [*TINY, "--fused", "--epochs", "1", "--train-size", "16", "--out", str(tmp_path / "o")]
+    draw_folder(tmp_path / "images", 16, 10)
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--device", "cpu"]
+    flags += ["--depth", "8", "--width", "4", "--batch-size", "16", "--epochs", "1", "--fused"]
+    flags += ["--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", program, *flags],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
@@ -272,12 +306,25 @@ def test_a_fused_step_launches_every_kernel(tmp_path: Path) -> None:
     assert int(started["_augment_fwd_kernel"]) >= 4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_gpu_trains_as_the_cpu_does(precision: str, tmp_path: Path) -> None:
+    flags = [*TINY, "--fused", "--precision", precision, "--epochs", "2"]
+    for device in ("cpu", "cuda"):
+        assert main([*flags, "--device", device, "--out", str(tmp_path / device)]) == 0
+    cpu, cuda = (lines(tmp_path / device / "metrics.jsonl") for device in ("cpu", "cuda"))
+    for a, b in zip(cpu, cuda, strict=True):
+        # A few small steps: fp32 differs by rounding, halves by theirs.
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3 if precision == "fp32" else 0.05)
+
+
 def test_a_resnet_20_learns_the_synthetic_set(tmp_path: Path) -> None:
     """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %."""
     flags = ["--dataset", "synthetic", "--device", "cpu", "--fused", "--epochs", "3"]
     flags += ["--schedule", "cosine", "--eval-every", "3", "--out", str(tmp_path)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["OMP_NUM_THREADS"] = "1"  # two threads would wait for a core that another test has
     command = [sys.executable, str(ROOT / "train" / "main.py"), *flags]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] > 90

@@ -1,6 +1,7 @@
 """train/main.py under a real torchrun, with gloo: equality, resume after a kill, errors."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from config import parse
 from main import load_data
+from PIL import Image
 from schedule import lr_factor
 from tolerances import DDP_ABSOLUTE
 from trainer import Trainer
@@ -35,9 +37,9 @@ def start(processes: int, flags: list[str]) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), str(ROOT / "train" / "main.py"), *flags]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # One thread each, here and in the process that they are compared with.
+    env["XDG_CACHE_HOME"] = str(Path(flags[flags.index("--out") + 1]).parent / "cache")
     return subprocess.Popen(
-        command, env=env | {"OMP_NUM_THREADS": "1"}, text=True,
+        command, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -101,7 +103,8 @@ def test_processes_train_what_one_would(processes: int, tmp_path: Path, _native_
     status, out, err = run(processes, flags)
     assert status == 0, err
     assert f"{processes} process(es)" in out
-    found = checkpoint.load(tmp_path / "checkpoint.pt")["model"]
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    found = state["model"]
     wanted = one_process(flags, processes)
     assert found.keys() == wanted.keys()
     initial = one_process([*flags, "--lr", "1e-30"], processes)
@@ -111,6 +114,28 @@ def test_processes_train_what_one_would(processes: int, tmp_path: Path, _native_
         assert error <= DDP_ABSOLUTE, (name, error)
         moved = max(moved, float((tensor.double() - initial[name].double()).abs().max()))
     assert moved > 100 * DDP_ABSOLUTE  # training moved them by far more than the tolerance
+
+    # Every image counted once: one process finds the same accuracies, to the last image.
+    config = parse(flags)
+    alone = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+    alone.load_state_dict(state)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: summary[name] for name in alone.accuracies()} == alone.accuracies()
+
+
+def test_more_processes_than_images_to_evaluate(tmp_path: Path) -> None:
+    for part, count in (("train", 12), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(count // 2):
+                image = Image.new("RGB", (8, 8), (100 if name == "a" else 200, i, 0))
+                image.save(tmp_path / "images" / part / name / f"{i}.png")
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--device", "cpu"]
+    flags += ["--depth", "8", "--width", "4", "--batch-size", "6", "--epochs", "1"]
+    status, _, err = run(3, [*flags, "--out", str(tmp_path / "out")])  # one image in dev, in test
+    assert status == 0, err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {summary["dev_accuracy"], summary["test_accuracy"]} <= {0.0, 100.0}
 
 
 def test_kill_in_the_middle_of_an_epoch_and_resume(tmp_path: Path) -> None:
