@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+from _environment import environment
 
 from fastres.kernels import _aot, augment, batch_norm_relu
 from fastres.kernels._launch import Launch, record
@@ -180,7 +181,7 @@ def main() -> None:
     with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(build, todo, chunksize=4))
     if chosen.json:
-        chosen.json.write_text(json.dumps(rows, indent=1))
+        chosen.json.write_text(json.dumps(environment() | {"builds": rows}, indent=1) + "\n")
     head = ("kernel", "variant", "target", "registers", "spilled", "shared", "seconds")
     lines = [head, *([str(r[n]) for n in head[:-1]] + [f"{r['seconds']:.2f}"] for r in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -9,7 +9,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -37,8 +40,13 @@ torch.set_num_threads(
 def pytest_configure(config: pytest.Config) -> None:
     # Triton's interpreter computes in NumPy, which warns wherever NaN or Inf pass.
     config.addinivalue_line("filterwarnings", r"ignore::RuntimeWarning:triton\.runtime.*")
-    # Triton 3.6's interpreter makes integers of arrays of one element, which NumPy 2.4 refuses.
+    # Triton 3.6's interpreter makes integers of arrays of one element: NumPy warns, and from 2.4 on
+    # refuses, which would fail a hundred tests (triton-lang/triton#9171).
     config.addinivalue_line("filterwarnings", r"ignore::DeprecationWarning:triton\.runtime.*")
+    if os.environ.get("TRITON_INTERPRET") == "1" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        with suppress(PackageNotFoundError):
+            if version("triton").startswith("3.6."):
+                raise pytest.UsageError("Triton 3.6's interpreter needs NumPy 2.3: numpy<2.4")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

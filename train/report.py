@@ -59,6 +59,7 @@ def draw_curve(path: Path, records: list[Record], title: str) -> None:
     # Only the leading process draws, once: the rest need not load it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -68,6 +69,7 @@ def draw_curve(path: Path, records: list[Record], title: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{name} accuracy")
     axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     losses = axes.twinx()
     losses.plot(
@@ -76,7 +78,7 @@ def draw_curve(path: Path, records: list[Record], title: str) -> None:
     losses.set_ylabel("training loss")
     losses.set_ylim(bottom=0)
     handles = [*axes.get_legend_handles_labels()[0], *losses.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="center right")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
