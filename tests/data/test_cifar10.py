@@ -262,7 +262,11 @@ class TestRefusals:
         refusal(tmp_path, "could not be downloaded")
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("content", [b"", ARCHIVE[:-1], b"<html>Please log in</html>"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", ARCHIVE[:-1], b"<html>Please log in</html>"],
+        ids=["nothing", "cut short", "a page"],
+    )
     def test_something_else_downloaded(
         self, tmp_path: Path, network: Network, content: bytes
     ) -> None:
@@ -293,8 +297,11 @@ class TestRefusals:
         refusal(tmp_path, "could not be downloaded")
         assert contents(tmp_path) == before
 
+    # Named, since an archive holds the time that it was made at.
     @pytest.mark.parametrize(
-        "content", [b"", b"garbage", ARCHIVE[: len(ARCHIVE) // 2], tar_gz({}), tar_gz({"x": b""})]
+        "content",
+        [b"", b"garbage", ARCHIVE[: len(ARCHIVE) // 2], tar_gz({}), tar_gz({"x": b""})],
+        ids=["empty", "garbage", "half", "no files", "other files"],
     )
     def test_archive_that_cannot_be_unpacked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
