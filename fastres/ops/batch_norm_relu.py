@@ -297,6 +297,15 @@ def _native(
     return z.relu_() if relu else z
 
 
+# What the per-channel tensors may be, by x's dtype.
+_PARAMETER_DTYPES = {
+    torch.float32: (torch.float32,),
+    torch.float16: (torch.float32, torch.float16),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
+
+
 def _check(
     x: Tensor,
     running_mean: Tensor | None,
@@ -306,28 +315,31 @@ def _check(
     training: bool,
     residual: Tensor | None,
 ) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x: expected [N, C, H, W], got shape {list(x.shape)}")
-    allowed = [torch.float32, torch.float16, torch.bfloat16]
-    if not takes_kernels(x):
-        allowed.append(torch.float64)
-    if x.dtype not in allowed:
-        raise ValueError(f"x: expected one of {allowed} on {x.device}, got {x.dtype}")
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got shape {list(shape)}")
+    wanted = _PARAMETER_DTYPES.get(dtype)
+    if wanted is None or (dtype == torch.float64 and takes_kernels(x)):
+        allowed = [torch.float32, torch.float16, torch.bfloat16]
+        if not takes_kernels(x):
+            allowed.append(torch.float64)
+        raise ValueError(f"x: expected one of {allowed} on {device}, got {dtype}")
     if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+        residual.shape != shape or residual.dtype != dtype or residual.device != device
     ):
         raise ValueError(
-            f"residual: expected x's {list(x.shape)}, {x.dtype} on {x.device}, "
+            f"residual: expected x's {list(shape)}, {dtype} on {device}, "
             f"got {list(residual.shape)}, {residual.dtype} on {residual.device}"
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var: needed where training=False, got None")
-    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(
-            f"x: expected more than 1 value per channel in training, got shape {list(x.shape)}"
+            f"x: expected more than 1 value per channel in training, got shape {list(shape)}"
         )
+    channels = shape[1:2]
     for name, v in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -336,15 +348,14 @@ def _check(
     ):
         if v is None:
             continue
-        if v.shape != x.shape[1:2] or v.device != x.device:
+        if v.shape != channels or v.device != device:
             raise ValueError(
-                f"{name}: expected [{x.shape[1]}] on {x.device}, got {list(v.shape)} on {v.device}"
+                f"{name}: expected {list(channels)} on {device}, got {list(v.shape)} on {v.device}"
             )
-        wanted = (x.dtype,) if x.dtype == torch.float64 else (torch.float32, x.dtype)
         if v.dtype not in wanted:
-            names = " or ".join(dict.fromkeys(str(dtype) for dtype in wanted))
+            names = " or ".join(str(dtype) for dtype in wanted)
             raise ValueError(f"{name}: expected {names}, got {v.dtype}")
-        if name.startswith("running") and not v.is_contiguous():
+        if not v.is_contiguous() and v is not weight and v is not bias:
             raise ValueError(f"{name}: expected contiguous, got stride {v.stride()}")
 
 
