@@ -56,21 +56,23 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "NHWC") -> tor
 def _batch_norm_relu_step(
     into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     fmt: str = "NHWC", dy_fmt: str | None = None, residual: bool = False, training: bool = True,
-    affine: bool = True, relu: bool = True, usual: bool = False,
+    affine: bool = True, relu: bool = True, picked: int = 0, usual: bool = False,
 ) -> None:  # fmt: skip
-    x, dy = _empty(shape, dtype, fmt), _empty(shape, dtype, dy_fmt or fmt)
+    x = _empty(shape, dtype, fmt)
+    dy = _empty((picked or shape[0], *shape[1:]), dtype, dy_fmt or fmt)
+    index = _empty((picked,), torch.int64) if picked else None
     vector = _empty(shape[1:2], torch.float32)
     weight = bias = vector if affine else None
     shortcut = _empty(shape, dtype, fmt) if residual else None
     running = None if training else (vector, vector)
     with _recorded(into, f"{name} fwd", usual):
         _, mean, var, mask = batch_norm_relu.batch_norm_relu_fwd(
-            x, weight, bias, shortcut, running, 1e-5, relu
+            x, index, weight, bias, shortcut, running, 1e-5, relu
         )
     mean, var = running or (mean, var)
     with _recorded(into, f"{name} bwd", usual):
         batch_norm_relu.batch_norm_relu_bwd(
-            dy, x, weight, bias, mean, var, mask, 1e-5, relu, training,
+            dy, x, index, weight, bias, mean, var, mask, 1e-5, relu, training,
             (True, affine, affine, residual),
         )  # fmt: skip
 
@@ -94,6 +96,9 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
     _batch_norm_relu_step(found, "C=1 M=1 eval", (1, 1, 1, 1), training=False, **odd)
     _batch_norm_relu_step(found, "C=16 no affine", (128, 16, 32, 32), dtype, affine=False)
     _batch_norm_relu_step(found, "C=16 no relu", (128, 16, 32, 32), dtype, relu=False)
+    for fmt in FORMATS:
+        name = f"C=16 {fmt} 64 of 128 samples"
+        _batch_norm_relu_step(found, name, (128, 16, 32, 32), dtype, fmt, picked=64, usual=True)
     for fmt in FORMATS:
         wide = (2**17, 16, 32, 32)
         _batch_norm_relu_step(found, f"C=16 {fmt} wide", wide, fmt=fmt, usual=True, **odd)

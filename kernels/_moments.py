@@ -74,12 +74,15 @@ def rstd_of(var, eps):
 
 @triton.jit
 def _moments_kernel(
-    x_ptr, partial_ptr, M, C, S, CHUNK,
+    x_ptr, index_ptr, partial_ptr, M, C, S, CHUNK,
     x_stride_n, x_stride_s, x_stride_c,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     M_AXIS: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """partial [2, P, C] fp32: mean and sum of squared deviations of each chunk of x's rows."""
+    """partial [2, P, C] fp32: mean and sum of squared deviations of each chunk of x's rows.
+
+    With index_ptr the rows are those of the samples that it names.
+    """
     pid, P = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
@@ -97,7 +100,9 @@ def _moments_kernel(
     for m_start in range(start, end, BLOCK_M):
         m = m_start + lanes
         ok = tile_mask(m < end, c_ok, M_AXIS)
-        offsets = tile_offsets(m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT)
+        offsets = tile_offsets(
+            m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end
+        )
         x = tl.load(x_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
         seen += 1.0
         delta = tl.where(ok, x - mean, 0.0)
@@ -141,13 +146,18 @@ def _update_running_kernel(
         tl.store(running_var_ptr + c, running.to(running_var_ptr.dtype.element_ty), mask=ok)
 
 
-def moments(x: torch.Tensor, rows: Rows, tiles: Tiling) -> tuple[torch.Tensor, int, int]:
-    """partial [2, P, C] fp32, P and the rows of a chunk, for merge_moments. x: as rows says."""
+def moments(
+    x: torch.Tensor, index: torch.Tensor | None, rows: Rows, tiles: Tiling
+) -> tuple[torch.Tensor, int, int]:
+    """partial [2, P, C] fp32, P and the rows of a chunk, for merge_moments.
+
+    x: as rows says; with index the samples x[index], which tiles then count.
+    """
     chunk, P = tiles.chunks(MAX_CHUNKS)
     partial = x.new_empty(2, P, tiles.C, dtype=torch.float32)
     launch(
         _moments_kernel, (P, tiles.columns),
-        x, partial, *tiles.sizes, chunk, *rows.strides, **tiles.constexprs,
+        x, index, partial, *tiles.sizes, chunk, *rows.strides, **tiles.constexprs,
     )  # fmt: skip
     return partial, P, chunk
 

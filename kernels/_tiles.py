@@ -20,12 +20,19 @@ TILE = 4096
 
 
 @triton.jit
-def tile_offsets(m, c, S, stride_n, stride_s, stride_c, M_AXIS: tl.constexpr, FLAT: tl.constexpr):
+def tile_offsets(
+    m, c, S, stride_n, stride_s, stride_c, M_AXIS: tl.constexpr, FLAT: tl.constexpr,
+    index_ptr=None, end=0,
+):  # fmt: skip
     """Element offsets of rows m [BLOCK_M] x channels c [BLOCK_C], rows along M_AXIS.
 
-    FLAT says that stride_n = S*stride_s, which saves the division.
+    FLAT says that stride_n = S*stride_s, which saves the division. With index_ptr, row m lies in
+    sample index[m // S] in place of m // S, for m < end.
     """
-    if FLAT:
+    if index_ptr is not None:
+        n = tl.load(index_ptr + m // S, mask=m < end, other=0).to(m.dtype)
+        rows = n * stride_n + (m % S) * stride_s
+    elif FLAT:
         rows = m * stride_s
     else:
         rows = (m // S) * stride_n + (m % S) * stride_s
@@ -131,10 +138,14 @@ def channels_fastest(rows: Rows) -> bool:
     return 0 < rows.stride_c <= rows.stride_s
 
 
-def empty_dense(t: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """An uninitialised dense tensor of t's shape, NHWC in memory where t is, else NCHW."""
+def empty_dense(t: torch.Tensor, rows: Rows, N: int | None = None) -> torch.Tensor:
+    """An uninitialised dense tensor of t's shape, NHWC in memory where t is, else NCHW.
+
+    N: samples, where they are not as many as t's.
+    """
     fmt = torch.channels_last if channels_fastest(rows) else torch.contiguous_format
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=fmt)
+    shape = t.shape if N is None else (N, *t.shape[1:])
+    return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=fmt)
 
 
 def bits_shape(t: torch.Tensor, rows: Rows) -> tuple[int, ...]:

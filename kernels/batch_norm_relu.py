@@ -73,7 +73,8 @@ def _passes(z):
 
 @triton.jit
 def _batch_norm_relu_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, partial_ptr, mean_ptr, var_ptr, y_ptr, mask_ptr,
+    x_ptr, index_ptr, residual_ptr, weight_ptr, bias_ptr, partial_ptr, mean_ptr, var_ptr,
+    y_ptr, mask_ptr,
     M, C, S, CHUNK, P, P_CHUNK, eps,
     x_stride_n, x_stride_s, x_stride_c,
     residual_stride_n, residual_stride_s, residual_stride_c,
@@ -84,7 +85,8 @@ def _batch_norm_relu_fwd_kernel(
     """y = relu((x - mean) * (rstd * weight) + bias + residual).
 
     With partials (training) merges them and stores mean and var; without (eval) loads the two.
-    With mask_ptr stores a bit an element, set where the gradient passes.
+    With mask_ptr stores a bit an element, set where the gradient passes. With index_ptr x is
+    x[index], gathered as it is read.
     """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
@@ -107,7 +109,9 @@ def _batch_norm_relu_fwd_kernel(
     for m_start in range(start, end, BLOCK_M):
         m = m_start + lanes
         ok = tile_mask(m < end, c_ok, M_AXIS)
-        x_offsets = tile_offsets(m, c, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT)
+        x_offsets = tile_offsets(
+            m, c, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end
+        )
         x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0).to(tl.float32)
         z = (x - mean) * scale + bias
         if residual_ptr is not None:
@@ -126,7 +130,7 @@ def _batch_norm_relu_fwd_kernel(
 
 @triton.jit
 def _batch_norm_relu_sums_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, mask_ptr, partial_ptr,
+    dy_ptr, x_ptr, index_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, mask_ptr, partial_ptr,
     M, C, S, CHUNK, eps,
     dy_stride_n, dy_stride_s, dy_stride_c,
     x_stride_n, x_stride_s, x_stride_c,
@@ -154,7 +158,9 @@ def _batch_norm_relu_sums_bwd_kernel(
     for m_start in range(start, end, BLOCK_M):
         m = m_start + lanes
         ok = tile_mask(m < end, c_ok, M_AXIS)
-        x_offsets = tile_offsets(m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT)
+        x_offsets = tile_offsets(
+            m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end
+        )
         dy_offsets = tile_offsets(m, c_wide, S, dy_stride_n, dy_stride_s, dy_stride_c, M_AXIS, FLAT)
         x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0).to(tl.float32) - mean
         dz = tl.load(dy_ptr + dy_offsets, mask=ok, other=0.0).to(tl.float32)
@@ -172,7 +178,7 @@ def _batch_norm_relu_sums_bwd_kernel(
 
 @triton.jit
 def _batch_norm_relu_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, mask_ptr, partial_ptr,
+    dy_ptr, x_ptr, index_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, mask_ptr, partial_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     M, C, S, CHUNK, P, eps,
     dy_stride_n, dy_stride_s, dy_stride_c,
@@ -185,7 +191,8 @@ def _batch_norm_relu_bwd_kernel(
     """dx = weight * rstd * (dz - sum(dz) / M - (x - mean) * rstd^2 * sum(dz * (x - mean)) / M).
 
     In eval mode the two sums are no part of dx. dresidual = dz, with dx's strides; dweight =
-    rstd * sum(dz * (x - mean)); dbias = sum(dz). Each is written where its pointer is given.
+    rstd * sum(dz * (x - mean)); dbias = sum(dz). Each is written where its pointer is given. With
+    index_ptr x and dx are x[index] and dx[index], and there is no residual.
     """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
@@ -219,9 +226,13 @@ def _batch_norm_relu_bwd_kernel(
         m = m_start + lanes
         ok = tile_mask(m < end, c_ok, M_AXIS)
         dy_offsets = tile_offsets(m, c, S, dy_stride_n, dy_stride_s, dy_stride_c, M_AXIS, FLAT)
-        dx_offsets = tile_offsets(m, c, S, dx_stride_n, dx_stride_s, dx_stride_c, M_AXIS, FLAT)
+        dx_offsets = tile_offsets(
+            m, c, S, dx_stride_n, dx_stride_s, dx_stride_c, M_AXIS, FLAT, index_ptr, end
+        )
         dz = tl.load(dy_ptr + dy_offsets, mask=ok, other=0.0).to(tl.float32)
-        x_offsets = tile_offsets(m, c, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT)
+        x_offsets = tile_offsets(
+            m, c, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end
+        )
         x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0).to(tl.float32) - mean
         if RELU:
             if mask_ptr is not None:
@@ -239,17 +250,19 @@ def _batch_norm_relu_bwd_kernel(
 
 
 def empty_outputs(
-    x: torch.Tensor, training: bool, masked: bool
+    x: torch.Tensor, index: torch.Tensor | None, training: bool, masked: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, mean, var and mask for batch_norm_relu_fwd; those that it will not write are empty."""
     rows = as_rows(x)[1]
     stats = x.new_empty(x.shape[1] if training else 0, dtype=torch.float32)
     mask = x.new_empty(bits_shape(x, rows) if masked else 0, dtype=torch.uint8)
-    return empty_dense(x, rows), stats, torch.empty_like(stats), mask
+    y = empty_dense(x, rows, None if index is None else index.shape[0])
+    return y, stats, torch.empty_like(stats), mask
 
 
 def batch_norm_relu_fwd(
     x: torch.Tensor,
+    index: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -261,27 +274,29 @@ def batch_norm_relu_fwd(
 
     Args:
         x: [N, C, H, W]; residual: the same shape and dtype, any strides.
+        index: int64 [s] contiguous, the samples of x to take, or None for all; then no residual.
         weight, bias, running: [C] each.
     Returns:
-        y as x; mean and var [C] fp32 (var biased; both empty with `running`); mask: uint8, one bit
-        an element in the shape of bits_shape, where there is a residual and a ReLU, else empty.
+        y as x, of s samples where there is an index; mean and var [C] fp32 (var biased; both empty
+        with `running`); mask: uint8, one bit an element in the shape of bits_shape, where there is
+        a residual and a ReLU, else empty.
     """
     training = running is None
     x, x_rows = as_rows(x)
-    y, mean, var, mask = empty_outputs(x, training, residual is not None and relu)
-    if x.numel() == 0:
+    y, mean, var, mask = empty_outputs(x, index, training, residual is not None and relu)
+    if y.numel() == 0:
         mean.zero_()
         var.zero_()
         return y, mean, var, mask
     y_rows, residual_rows = as_rows(y)[1], x_rows
     if residual is not None:
         residual, residual_rows = as_rows(residual)
-    tiles = tiling(x.shape, x_rows, residual_rows, y_rows)
-    partial, P, p_chunk = moments(x, x_rows, tiles) if running is None else (None, 0, 0)
+    tiles = tiling(y.shape, x_rows, residual_rows, y_rows)
+    partial, P, p_chunk = moments(x, index, x_rows, tiles) if running is None else (None, 0, 0)
     chunk, programs = tiles.chunks(MAX_PROGRAMS)
     launch(
         _batch_norm_relu_fwd_kernel, (programs, tiles.columns),
-        x, residual, weight, bias, partial, *(running or (mean, var)), y,
+        x, index, residual, weight, bias, partial, *(running or (mean, var)), y,
         mask if mask.numel() else None,
         *tiles.sizes, chunk, P, p_chunk, eps,
         *x_rows.strides, *residual_rows.strides, *y_rows.strides,
@@ -291,13 +306,21 @@ def batch_norm_relu_fwd(
 
 
 def empty_grads(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, needs: Sequence[bool]
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dweight, dbias, dresidual for batch_norm_relu_bwd; those not needed are empty."""
+    """dx, dweight, dbias, dresidual for batch_norm_relu_bwd; those not needed are empty.
+
+    With an index dx is zero already: its kernel writes the samples that index names.
+    """
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = needs
     rows = as_rows(x)[1]
+    dx = empty_dense(x, rows) if needs_dx else x.new_empty(0)
     return (
-        empty_dense(x, rows) if needs_dx else x.new_empty(0),
+        dx if index is None else dx.zero_(),
         torch.empty_like(weight) if needs_dweight and weight is not None else x.new_empty(0),
         torch.empty_like(bias) if needs_dbias and bias is not None else x.new_empty(0),
         empty_dense(x, rows) if needs_dresidual else x.new_empty(0),
@@ -307,6 +330,7 @@ def empty_grads(
 def batch_norm_relu_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
+    index: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     mean: torch.Tensor,
@@ -320,7 +344,7 @@ def batch_norm_relu_bwd(
     """dx, dweight, dbias, dresidual; `needs` says which, the others are empty.
 
     Args:
-        dy: [N, C, H, W], any strides; x, weight, bias: as given to the forward.
+        dy: as the forward's y, any strides; x, index, weight, bias: as given to the forward.
         mean, var: [C], the statistics that the forward normalised by.
         mask: the forward's, or empty where it made none.
     """
@@ -328,28 +352,28 @@ def batch_norm_relu_bwd(
     needs_dweight = needs_dweight and weight is not None
     needs_dbias = needs_dbias and bias is not None
     x, x_rows = as_rows(x)
-    dx, dweight, dbias, dresidual = empty_grads(x, weight, bias, needs)
-    if x.numel() == 0:
+    dx, dweight, dbias, dresidual = empty_grads(x, index, weight, bias, needs)
+    if dy.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
     dy, dy_rows = as_rows(dy)
     streams = needs_dx or needs_dresidual
     dx_rows = as_rows(dx if needs_dx else dresidual)[1] if streams else x_rows
     bits = mask if mask.numel() else None
-    tiles = tiling(x.shape, x_rows, dy_rows, dx_rows, bits=bits)
+    tiles = tiling(dy.shape, x_rows, dy_rows, dx_rows, bits=bits)
     partial, P = None, 0
     if needs_dweight or needs_dbias or (needs_dx and training):
         chunk, P = tiles.chunks(MAX_CHUNKS)
         partial = x.new_empty(2, P, tiles.C, dtype=torch.float32)
         launch(
             _batch_norm_relu_sums_bwd_kernel, (P, tiles.columns),
-            dy, x, weight, bias, mean, var, bits, partial, *tiles.sizes, chunk, eps,
+            dy, x, index, weight, bias, mean, var, bits, partial, *tiles.sizes, chunk, eps,
             *dy_rows.strides, *x_rows.strides, RELU=relu, **tiles.constexprs,
         )  # fmt: skip
     # For the parameters' gradients alone there is nothing to stream: one program a column merges.
     chunk, programs = tiles.chunks(MAX_PROGRAMS) if streams else (0, 1)
     launch(
         _batch_norm_relu_bwd_kernel, (programs, tiles.columns),
-        dy, x, weight, bias, mean, var, bits, partial,
+        dy, x, index, weight, bias, mean, var, bits, partial,
         dx if needs_dx else None, dresidual if needs_dresidual else None,
         dweight if needs_dweight else None, dbias if needs_dbias else None,
         *tiles.sizes, chunk, P, eps, *dy_rows.strides, *x_rows.strides, *dx_rows.strides,

@@ -3,5 +3,20 @@
 from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
+from fastres.ops.step_generator import StepGenerator, UnitGenerator
+from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
+from fastres.ops.stochastic_depth_unit import StochasticDepth, StochasticDepthUnit
 
-__all__ = ["BatchNormReLU2d", "augment", "batch_norm_relu", "shuffle", "takes_kernels"]
+__all__ = [
+    "BatchNormReLU2d",
+    "StepGenerator",
+    "StochasticDepth",
+    "StochasticDepthAdd",
+    "StochasticDepthUnit",
+    "UnitGenerator",
+    "augment",
+    "batch_norm_relu",
+    "shuffle",
+    "stochastic_depth_add",
+    "takes_kernels",
+]

@@ -12,6 +12,7 @@ Words = int | Tensor
 # The counter's third word keeps the draws for one purpose apart from those for another.
 CROP_STREAM = 1
 SHUFFLE_STREAM = 2
+DROP_STREAM = 3
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,6 +41,11 @@ def philox(
         for v in words
     )
     return torch.ops.fastres.philox.default(*tensors)
+
+
+def philox_int(seed: int, c0: int, c1: int, c2: int, c3: int = 0) -> int:
+    """The first of philox's words, for plain integers, on the host."""
+    return int(_rounds(seed, c0, c1, c2, c3)[0])
 
 
 def _rounds(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._samples import take_samples
 
 
 def batch_norm_relu_reference(
@@ -27,8 +28,10 @@ def batch_norm_relu_reference(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = True,
+    index: Tensor | None = None,
 ) -> Tensor:
     """The definition of batch_norm_relu, in PyTorch's own ops."""
+    x = x if index is None else x[index]
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         z = z + residual
@@ -38,6 +41,7 @@ def batch_norm_relu_reference(
 @register_op("batch_norm_relu")
 def _forward(
     x: Tensor,
+    index: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -53,13 +57,14 @@ def _forward(
     """
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
     return kernels("batch_norm_relu", x).batch_norm_relu_fwd(
-        x, weight, bias, residual, running, eps, relu
+        x, index, weight, bias, residual, running, eps, relu
     )
 
 
 @_forward.register_fake
 def _(
     x: Tensor,
+    index: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -69,13 +74,14 @@ def _(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masked = residual is not None and relu
-    return kernels("batch_norm_relu", x).empty_outputs(x, running_mean is None, masked)
+    return kernels("batch_norm_relu", x).empty_outputs(x, index, running_mean is None, masked)
 
 
 @register_op("batch_norm_relu_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
+    index: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -88,7 +94,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual; those that `needs` does not ask for are empty."""
     return kernels("batch_norm_relu", x).batch_norm_relu_bwd(
-        dy, x, weight, bias, mean, var, mask, eps, relu, training, needs
+        dy, x, index, weight, bias, mean, var, mask, eps, relu, training, needs
     )
 
 
@@ -96,6 +102,7 @@ def _backward(
 def _(
     dy: Tensor,
     x: Tensor,
+    index: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -106,36 +113,36 @@ def _(
     training: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernels("batch_norm_relu", x).empty_grads(x, weight, bias, needs)
+    return kernels("batch_norm_relu", x).empty_grads(x, index, weight, bias, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, running_mean, running_var, ctx.eps, ctx.relu = inputs
+    x, index, weight, bias, residual, running_mean, running_var, ctx.eps, ctx.relu = inputs
     _, mean, var, mask = output
     ctx.mark_non_differentiable(mean, var, mask)
     # The three gradients that never come would otherwise be made as zeros at every step.
     ctx.set_materialize_grads(False)
     ctx.training = running_mean is None
     stats = (mean, var) if ctx.training else (running_mean, running_var)
-    ctx.save_for_backward(x, weight, bias, *stats, mask)
+    ctx.save_for_backward(x, index, weight, bias, *stats, mask)
 
 
 def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    x, weight, bias, mean, var, mask = ctx.saved_tensors
-    needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
+        return (None,) * 9
+    x, index, weight, bias, mean, var, mask = ctx.saved_tensors
+    needs_dx, _, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:5]
     # Without a ReLU the residual's gradient is dy itself.
     needs = [needs_dx, needs_dweight, needs_dbias, needs_dresidual and ctx.relu]
     grads: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs):
         grads = torch.ops.fastres.batch_norm_relu_backward.default(
-            dy, x, weight, bias, mean, var, mask, ctx.eps, ctx.relu, ctx.training, needs
+            dy, x, index, weight, bias, mean, var, mask, ctx.eps, ctx.relu, ctx.training, needs
         )
         grads = tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
     if needs_dresidual and not ctx.relu:
         grads = (*grads[:3], dy)
-    return (*grads, None, None, None, None)
+    return (grads[0], None, *grads[1:], None, None, None, None)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -187,8 +194,9 @@ def batch_norm_relu(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = True,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Batch-normalise, add a residual, apply ReLU: the signature of F.batch_norm and two more.
+    """Batch-normalise, add a residual, apply ReLU: the signature of F.batch_norm and three more.
 
     z = (x - mean) / sqrt(var + eps) * weight + bias + residual,   y = max(z, 0)
 
@@ -206,22 +214,26 @@ def batch_norm_relu(
         eps: added to the variance.
         residual: [N, C, H, W] in x's dtype and on its device, any strides, added before the ReLU.
         relu: whether to apply the ReLU.
+        index: int64 [s], the samples of x to take, as if x were x[index], without a pass of its
+            own for the gather. Each in [0, N) and none twice, which on a GPU nobody checks: asking
+            would wait for the device. Not with a residual.
     Returns:
-        [N, C, H, W] in x's dtype and memory format; arithmetic in fp32.
+        [N, C, H, W], or [s, C, H, W], in x's dtype and memory format; arithmetic in fp32.
     Raises:
         ValueError: a shape, dtype or device that does not fit; one value per channel in training;
             evaluation without running statistics.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    _check(x, running_mean, running_var, weight, bias, training, residual)
+    _check(x, running_mean, running_var, weight, bias, training, residual, index)
     if momentum is None:
         raise ValueError(
             "momentum: expected a float, got None: a cumulative average needs a batch counter, "
             "which BatchNormReLU2d keeps"
         )
     return _batch_norm_relu(
-        x, running_mean, running_var, None, weight, bias, training, momentum, eps, residual, relu
-    )
+        x, running_mean, running_var, None, weight, bias, training, momentum, eps, residual, relu,
+        index,
+    )  # fmt: skip
 
 
 def _batch_norm_relu(
@@ -236,15 +248,18 @@ def _batch_norm_relu(
     eps: float,
     residual: Tensor | None,
     relu: bool,
+    index: Tensor | None = None,
 ) -> Tensor:
     """batch_norm_relu for checked inputs, with the batch counter that a Module keeps."""
     if not takes_kernels(x):
+        x = x if index is None else take_samples(x, index)
         return _native(
             x, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
             eps, residual, relu,
         )  # fmt: skip
     y, mean, var, _ = torch.ops.fastres.batch_norm_relu.default(
         x,
+        None if index is None else index.contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         residual,
@@ -254,8 +269,8 @@ def _batch_norm_relu(
         relu,
     )
     if training and running_mean is not None:
-        if x.numel() > 0:
-            count = x.numel() // x.shape[1]
+        if y.numel() > 0:
+            count = y.numel() // y.shape[1]
             torch.ops.fastres.batch_norm_update_stats.default(
                 running_mean, running_var, num_batches_tracked, mean, var, momentum, count
             )
@@ -314,6 +329,7 @@ def _check(
     bias: Tensor | None,
     training: bool,
     residual: Tensor | None,
+    index: Tensor | None = None,
 ) -> None:
     shape, dtype, device = x.shape, x.dtype, x.device
     if len(shape) != 4:
@@ -331,13 +347,23 @@ def _check(
             f"residual: expected x's {list(shape)}, {dtype} on {device}, "
             f"got {list(residual.shape)}, {residual.dtype} on {residual.device}"
         )
+    N = shape[0]
+    if index is not None:
+        if residual is not None:
+            raise ValueError("residual and index: expected one of the two at most, got both")
+        if index.dim() != 1 or index.dtype != torch.int64 or index.device != device:
+            raise ValueError(
+                f"index: expected [s] in torch.int64 on {device}, got {list(index.shape)} in "
+                f"{index.dtype} on {index.device}"
+            )
+        N = index.shape[0]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var: needed where training=False, got None")
-    if training and shape[0] * shape[2] * shape[3] == 1:
+    if training and N * shape[2] * shape[3] == 1:
         raise ValueError(
-            f"x: expected more than 1 value per channel in training, got shape {list(shape)}"
+            f"x: expected more than 1 value per channel in training, got shape {[N, *shape[1:]]}"
         )
     channels = shape[1:2]
     for name, v in (
@@ -366,15 +392,21 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     `relu(bn(x) + shortcut)`, this is the whole expression.
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = True,
+        index: Tensor | None = None,
+    ) -> Tensor:
         """See batch_norm_relu."""
         tracks = self.running_mean is not None
         training = self.training or not tracks
         updates = self.training and self.track_running_stats and tracks
         mean = self.running_mean if updates or not training else None
         var = self.running_var if updates or not training else None
-        _check(x, mean, var, self.weight, self.bias, training, residual)
+        _check(x, mean, var, self.weight, self.bias, training, residual, index)
         return _batch_norm_relu(
             x, mean, var, self.num_batches_tracked if updates else None, self.weight, self.bias,
-            training, self.momentum, self.eps, residual, True,
+            training, self.momentum, self.eps, residual, relu, index,
         )  # fmt: skip

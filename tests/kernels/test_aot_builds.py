@@ -91,7 +91,7 @@ def test_an_interpreted_kernel_is_refused_in_words() -> None:
 
     x = torch.empty(2, 16, 4, 4, device="meta")
     with record() as launches:
-        batch_norm_relu.batch_norm_relu_fwd(x, None, None, None, None, 1e-5, True)
+        batch_norm_relu.batch_norm_relu_fwd(x, None, None, None, None, None, 1e-5, True)
     assert [launch.kernel.__name__ for launch in launches] == [
         "_moments_kernel",
         "_batch_norm_relu_fwd_kernel",

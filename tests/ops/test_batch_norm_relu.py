@@ -383,4 +383,4 @@ def test_the_registered_op_refuses_a_tensor_that_has_no_kernels(
     monkeypatch.setattr(_register, "INTERPRET", False)
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="got a tensor on cpu: call fastres.ops.batch_norm_relu"):
-        torch.ops.fastres.batch_norm_relu(x, None, None, None, None, None, 1e-5, True)
+        torch.ops.fastres.batch_norm_relu(x, *[None] * 6, 1e-5, True)

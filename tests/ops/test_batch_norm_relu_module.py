@@ -205,39 +205,43 @@ def _samples(device: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
     x = torch.randn(2, 3, 4, 5, device=device)
     nhwc = x.to(memory_format=torch.channels_last).requires_grad_()
+    picked = torch.tensor([2, 0], device=device)
     half, none = leaf(2, 3, 4, 5, dtype=torch.float16), (None, None)
+    expanded = x[:, :1].expand(2, 3, 4, 5)
     transposed = x.transpose(2, 3).detach().requires_grad_()
     return [
-        ((leaf(2, 3, 4, 5), leaf(3), leaf(3), None, *none, 1e-5, True), {}),
-        ((nhwc, leaf(3), leaf(3), leaf(2, 3, 4, 5), *none, 1e-5, True), {}),
-        ((half, None, None, half.detach(), *stats(3), 1e-3, True), {}),
-        ((transposed, None, leaf(3), None, *stats(3), 0.1, False), {}),
-        ((x[:, :1].expand(2, 3, 4, 5), leaf(3), None, leaf(2, 3, 4, 5), *none, 1e-5, True), {}),
-        ((leaf(0, 3, 4, 5), leaf(3), leaf(3), None, *none, 1e-5, True), {}),
+        ((leaf(2, 3, 4, 5), None, leaf(3), leaf(3), None, *none, 1e-5, True), {}),
+        ((nhwc, None, leaf(3), leaf(3), leaf(2, 3, 4, 5), *none, 1e-5, True), {}),
+        ((half, None, None, None, half.detach(), *stats(3), 1e-3, True), {}),
+        ((transposed, None, None, leaf(3), None, *stats(3), 0.1, False), {}),
+        ((expanded, None, leaf(3), None, leaf(2, 3, 4, 5), *none, 1e-5, True), {}),
+        ((leaf(0, 3, 4, 5), None, leaf(3), leaf(3), None, *none, 1e-5, True), {}),
+        ((leaf(3, 3, 4, 5), picked, leaf(3), leaf(3), None, *none, 1e-5, True), {}),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_opcheck_of_the_forward(number: int, device: str) -> None:
     args, kwargs = _samples(device)[number]
     torch.library.opcheck(torch.ops.fastres.batch_norm_relu.default, args, kwargs)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 6])
 def test_opcheck_of_the_backward(number: int, device: str) -> None:
     args, _ = _samples(device)[number]
-    x, weight, bias, residual, running_mean, running_var, eps, relu = (
+    x, index, weight, bias, residual, running_mean, running_var, eps, relu = (
         a.detach() if isinstance(a, Tensor) else a for a in args
     )
     training = running_mean is None
     y, mean, var, mask = torch.ops.fastres.batch_norm_relu(
-        x, weight, bias, residual, running_mean, running_var, eps, relu
+        x, index, weight, bias, residual, running_mean, running_var, eps, relu
     )
     stats = (mean, var) if training else (running_mean, running_var)
-    for needs in ([True] * 4, [False, True, False, residual is not None]):
+    # There is no residual beside an index.
+    for needs in ([True, True, True, index is None], [False, True, False, residual is not None]):
         torch.library.opcheck(
             torch.ops.fastres.batch_norm_relu_backward.default,
-            (y, x, weight, bias, *stats, mask, eps, relu, training, needs),
+            (y, x, index, weight, bias, *stats, mask, eps, relu, training, needs),
         )
 
 
