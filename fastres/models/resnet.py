@@ -1,7 +1,7 @@
 """ResNets for small images, depth 6n + 2, in three stages of n residual units.
 
 Sources: post-activation, He et al. 2015, arXiv:1512.03385; pre-activation, He et al. 2016,
-arXiv:1603.05027.
+arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382.
 """
 
 from typing import Literal
@@ -9,15 +9,24 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d
+from fastres.ops import BatchNormReLU2d, StepGenerator, StochasticDepth
+from fastres.ops._samples import take_samples
+from fastres.ops.stochastic_depth_add import check_drop
 
 
 class PlainBatchNormReLU2d(nn.BatchNorm2d):
     """What BatchNormReLU2d replaces, in PyTorch's own ops: the plain model's layer."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        z = super().forward(x)
-        return F.relu(z if residual is None else z + residual, inplace=True)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = True,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        z = super().forward(x if index is None else take_samples(x, index))
+        z = z if residual is None else z + residual
+        return F.relu(z, inplace=True) if relu else z
 
 
 class PadShortcut(nn.Module):
@@ -45,6 +54,7 @@ class PreActUnit(nn.Module):
         stride: int,
         shortcut: nn.Module | None,
         norm_relu: type[nn.BatchNorm2d],
+        drop: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
         self.bn1 = norm_relu(in_channels)
@@ -52,11 +62,31 @@ class PreActUnit(nn.Module):
         self.bn2 = norm_relu(out_channels)
         self.conv2 = _conv3x3(out_channels, out_channels)
         self.shortcut = shortcut
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is None:
+            if self.drop is None:
+                return self._branch(x) + x
+            return self.drop(self._branch, x, x, self._branch_parameters)
+        # The shortcut reads a too, so bn1 is no part of what may be dropped.
         a = self.bn1(x)
-        shortcut = x if self.shortcut is None else self.shortcut(a)
-        return self.conv2(self.bn2(self.conv1(a))) + shortcut
+        shortcut = self.shortcut(a)
+        if self.drop is None:
+            return self._convs(a) + shortcut
+        return self.drop(self._convs, a, shortcut, self._branch_parameters)
+
+    def _branch(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        return self._convs(self.bn1(x, index=index))
+
+    def _convs(self, a: Tensor, index: Tensor | None = None) -> Tensor:
+        return self.conv2(self.bn2(self.conv1(a if index is None else take_samples(a, index))))
+
+    def _branch_parameters(self) -> list[nn.Parameter]:
+        layers = [self.conv1, self.bn2, self.conv2]
+        if self.shortcut is None:
+            layers.append(self.bn1)
+        return [p for layer in layers for p in layer.parameters()]
 
 
 class PostActUnit(nn.Module):
@@ -69,6 +99,7 @@ class PostActUnit(nn.Module):
         stride: int,
         shortcut: nn.Module | None,
         norm_relu: type[nn.BatchNorm2d],
+        drop: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
@@ -78,10 +109,21 @@ class PostActUnit(nn.Module):
         if isinstance(shortcut, nn.Conv2d):
             shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
         self.shortcut = shortcut
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual=shortcut)
+        if self.drop is None or not self.training:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual=shortcut)
+        return F.relu(self.drop(self._branch, x, shortcut, self._branch_parameters))
+
+    def _branch(self, x: Tensor, index: Tensor | None) -> Tensor:
+        x = x if index is None else take_samples(x, index)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), relu=False)
+
+    def _branch_parameters(self) -> list[nn.Parameter]:
+        layers = (self.conv1, self.bn1, self.conv2, self.bn2)
+        return [p for layer in layers for p in layer.parameters()]
 
 
 _UNITS: dict[str, type[PreActUnit] | type[PostActUnit]] = {
@@ -102,6 +144,11 @@ class ResNet(nn.Module):
         num_classes: outputs.
         fused: take BatchNormReLU2d of fastres.ops; the plain model computes the same, and has the
             same state_dict, in PyTorch's own ops.
+        drop_prob: p of stochastic depth, 0 <= p <= 1; see fastres.ops.StochasticDepthUnit. A unit
+            that changes the shape keeps its shortcut.
+        drop_mode: "batch", "row" or "subset".
+        drop_schedule: "uniform" drops every one of the L units with probability p, "linear" the
+            l-th with p * l / L.
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
@@ -116,6 +163,9 @@ class ResNet(nn.Module):
         shortcut: Literal["A", "B"] = "B",
         num_classes: int = 10,
         fused: bool = True,
+        drop_prob: float = 0.0,
+        drop_mode: Literal["batch", "row", "subset"] = "batch",
+        drop_schedule: Literal["uniform", "linear"] = "linear",
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -128,14 +178,19 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"width and num_classes: expected 1 or more, got {width} and {num_classes}"
             )
+        if drop_schedule not in ("uniform", "linear"):
+            raise ValueError(
+                f"drop_schedule: expected 'uniform' or 'linear', got {drop_schedule!r}"
+            )
+        check_drop(drop_prob, drop_mode)
         norm_relu = BatchNormReLU2d if fused else PlainBatchNormReLU2d
         preact = block == "preact"
         self.stem = _conv3x3(3, width)
         self.stem_bn = None if preact else norm_relu(width)
         units: list[nn.Module] = []
-        channels = width
+        channels, number = width, (depth - 2) // 2
         for stage in range(3):
-            for i in range((depth - 2) // 6):
+            for i in range(number // 3):
                 out_channels, stride = width << stage, 2 if stage > 0 and i == 0 else 1
                 way: nn.Module | None = None
                 if stride > 1 or out_channels != channels:
@@ -144,7 +199,12 @@ class ResNet(nn.Module):
                         if shortcut == "A"
                         else nn.Conv2d(channels, out_channels, 1, stride, bias=False)
                     )
-                units.append(_UNITS[block](channels, out_channels, stride, way, norm_relu))
+                drop = None
+                if drop_prob > 0:
+                    linear = drop_schedule == "linear"
+                    p = drop_prob * (len(units) + 1) / number if linear else drop_prob
+                    drop = StochasticDepth(p, drop_mode)
+                units.append(_UNITS[block](channels, out_channels, stride, way, norm_relu, drop))
                 channels = out_channels
         self.units = nn.Sequential(*units)
         self.bn = norm_relu(channels) if preact else None
@@ -161,3 +221,9 @@ class ResNet(nn.Module):
         if self.bn is not None:
             x = self.bn(x)
         return self.fc(x.mean((2, 3)))
+
+    def draw_from(self, generator: StepGenerator) -> None:
+        """Drop units as the generator has it, in place of PyTorch's own random numbers."""
+        for module in self.modules():
+            if isinstance(module, StochasticDepth):
+                module.generator = generator.unit(module.p)

@@ -175,8 +175,13 @@ def stochastic_depth_add(
             branch, shortcut, key, None, None, threshold(p), scale, row, unit
         )
     draw = draws(key, branch.shape[0] if row else 1, unit, with_rank=row)
-    kept_samples = (draw >= threshold(p))[:, None, None, None]
-    return torch.where(kept_samples, torch.add(shortcut, branch, alpha=scale), shortcut)
+    return _add_kept(branch, shortcut, draw >= threshold(p), scale)
+
+
+def _add_kept(branch: Tensor, shortcut: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """The CPU's path, kept: bool [N] or [1]. The choice comes first: its backward is cheaper so."""
+    branch = torch.where(kept[:, None, None, None], branch, 0.0)
+    return torch.add(shortcut, branch, alpha=scale)
 
 
 def subset_size(samples: int, p: float) -> int:
@@ -223,8 +228,7 @@ def add_subset(
             branch, shortcut, position, position, source, 0, scale, True, 0
         )
     if source is position:
-        added = torch.add(shortcut, branch, alpha=scale)
-        return torch.where((position >= 0)[:, None, None, None], added, shortcut)
+        return _add_kept(branch, shortcut, position >= 0, scale)
     # Over NHWC memory seen as [N, H, W, C], a sample is one run of elements.
     order = (0, 2, 3, 1) if shortcut.is_contiguous(memory_format=torch.channels_last) else None
     if order is None:
