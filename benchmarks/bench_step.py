@@ -8,6 +8,7 @@ PyTorch runs it. On a GPU the mixed-precision ones use fp16 with loss scaling.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -51,7 +52,7 @@ def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | Non
 def make_step(
     device: torch.device, data: Splits, settings: dict[str, Any], mode: str | None, **model: Any
 ) -> Callable[[], Any]:
-    """One training step of a run with these settings, on the same images each time."""
+    """The training steps of a run with these settings, one a call, on the same images each time."""
     config = Config(dataset="synthetic", **settings, **model)
     set_precision_and_determinism(config)
     trainer = Trainer(config, Workers(0, 1, 0, device), data)
@@ -59,11 +60,13 @@ def make_step(
         trainer.model.compile(mode=mode, dynamic=False)
     trainer.network.train()
     index = torch.arange(config.batch_size, device=device)
+    number = itertools.count()
 
     def step() -> Any:
         if mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        return trainer.train_step(index, 0)
+        loss, _ = trainer.train_step(index, next(number))
+        return loss
 
     return step
 

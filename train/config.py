@@ -27,8 +27,10 @@ class Config:
     """Use every fused op that the other flags call for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """fp16 and bf16: autocast; fp16 with loss scaling. fp32 means no TF32 either."""
+    precision: Literal["fp32", "fp16", "bf16", "pure-fp16"] = "fp32"
+    """fp16 and bf16: autocast. pure-fp16: fp16 weights beside fp32 masters. fp32: no TF32 either."""
+    max_skipped_steps: int = 50
+    """Of fp16: stop after so many steps in a row whose gradients overflowed."""
     channels_last: bool = True
     """NHWC activations and weights."""
 
@@ -51,6 +53,17 @@ class Config:
     """BatchNorm and ReLU before or after each convolution."""
     shortcut: Literal["A", "B"] = "B"
     """Where the shape changes: A slices and pads with zeros, B projects."""
+
+    drop_prob: float = 0.0
+    """Stochastic depth: drop a unit's branch with this probability."""
+    drop_mode: Literal["batch", "row", "subset"] = "batch"
+    """Drop for a whole batch, for each image, or compute on a share of the images of fixed size."""
+    drop_schedule: Literal["uniform", "linear"] = "linear"
+    """The same probability for every unit, or rising linearly to --drop-prob at the last."""
+    meprop_ratio: float | None = None
+    """meProp: the share of each convolution's output gradient that is kept; the last layer's is."""
+    meprop_mode: Literal["row", "unified"] = "unified"
+    """Keep the largest of each image, or the same channels for all."""
 
     batch_size: int = 128
     """Images a step over all processes."""
@@ -92,6 +105,12 @@ class Config:
         need(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "0 to --epochs")
         need(0 <= self.momentum < 1, "momentum", "0 or more, under 1")
         need(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
+        need(self.max_skipped_steps >= 1, "max_skipped_steps", "1 or more")
+        need(0 <= self.drop_prob <= 1, "drop_prob", "0 to 1")
+        ratio = self.meprop_ratio
+        need(ratio is None or 0 < ratio <= 1, "meprop_ratio", "more than 0, at most 1")
+        pure = self.precision == "pure-fp16"
+        need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")
         need(self.eval_every >= 1, "eval_every", "1 or more")
         need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")

@@ -19,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from workers import Workers
 
+from fastres.amp import LossScaler
 from fastres.data import ImageSet, Splits
 from fastres.models import ResNet
-from fastres.ops import BatchNormReLU2d, augment, shuffle, takes_kernels
+from fastres.ops import (
+    BatchNormReLU2d,
+    MePropConv2d,
+    StepGenerator,
+    StochasticDepth,
+    augment,
+    shuffle,
+    takes_kernels,
+)
+from fastres.optim import FusedSGD
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
@@ -35,7 +45,7 @@ _KEEP_BUFFERS: dict[str, Any] = (
     else {"broadcast_buffers": False}
 )
 
-_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "pure-fp16": torch.float16}
 
 
 def set_precision_and_determinism(config: Config) -> None:
@@ -56,16 +66,40 @@ def build_model(config: Config, num_classes: int) -> ResNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return ResNet(
-            config.depth, config.width, config.block, config.shortcut, num_classes, config.fused
+            config.depth,
+            config.width,
+            config.block,
+            config.shortcut,
+            num_classes,
+            config.fused,
+            drop_prob=config.drop_prob,
+            drop_mode=config.drop_mode,
+            drop_schedule=config.drop_schedule,
+            meprop_ratio=config.meprop_ratio,
+            meprop_mode=config.meprop_mode,
         )
+
+
+def to_half(model: nn.Module) -> None:
+    """fp16 weights, but for BatchNorm, whose fp32 parameters and statistics cost nothing."""
+    for module in model.modules():
+        if not isinstance(module, nn.BatchNorm2d):
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(p.detach().half()))
 
 
 def fused_ops(model: nn.Module, device: torch.device) -> str:
     """Which fused ops a model takes, for the person who asked for --fused."""
-    layers = sum(isinstance(m, BatchNormReLU2d) for m in model.modules())
+    kinds: dict[str, type[nn.Module]] = {
+        "batch_norm_relu": BatchNormReLU2d,
+        "stochastic_depth_add": StochasticDepth,
+        "meprop_conv2d": MePropConv2d,
+    }
+    counts = {name: sum(isinstance(m, k) for m in model.modules()) for name, k in kinds.items()}
+    layers = ", ".join(f"{name} ({count} layers)" for name, count in counts.items() if count)
     triton = takes_kernels(torch.empty(0, device=device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
-    return f"batch_norm_relu ({layers} layers), augment; by {path}"
+    return f"{layers}, augment, sgd_step; by {path}"
 
 
 class Trainer:
@@ -98,17 +132,20 @@ class Trainer:
         )
         self.half = _HALF.get(config.precision)
         self.model = build_model(config, len(data.classes)).to(device)
+        if config.precision == "pure-fp16":
+            to_half(self.model)
         self.model.to(memory_format=self.memory_format)
+        self.drops = StepGenerator(config.seed, workers.rank)
+        self.model.draw_from(self.drops)
         self.peak_lr = config.lr * config.batch_size / 128
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=self.peak_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            # A fused first step that loss scaling skips would leave its momentum uninitialised.
-            fused=config.precision != "fp16",
+        sgd = {"lr": self.peak_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        self.optimizer: torch.optim.Optimizer = (
+            FusedSGD(self.model.parameters(), **sgd)
+            if config.fused
+            else torch.optim.SGD(self.model.parameters(), **sgd, fused=True)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.scaler = LossScaler(enabled=self.half == torch.float16)
+        self.scaler.watch(self.model)
         self.epoch = 0
         self.network: nn.Module = self.model
         if workers.world_size > 1:
@@ -149,18 +186,23 @@ class Trainer:
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(
-            self.workers.device.type, dtype=self.half, enabled=self.half is not None
+            self.workers.device.type,
+            dtype=self.half,
+            enabled=self.config.precision in ("fp16", "bf16"),
         )
 
     def _loss(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Mean loss over this process's share of a batch, and logits."""
         x = self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
         with self._autocast():
-            logits = self.network(x)
+            logits = self.network(x).float()
             return F.cross_entropy(logits, self.data.train.labels[index]), logits
 
-    def train_step(self, index: Tensor, step: int) -> Tensor:
-        """One update from this process's share of a global batch; returns its loss, detached."""
+    def train_step(self, index: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """One update from this process's share of a global batch.
+
+        Returns its loss, detached, and, with loss scaling, whether the update was made, a bool [].
+        """
         config = self.config
         lr = self.peak_lr * lr_factor(
             step,
@@ -171,51 +213,77 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.drops.set_step(step)
         loss, _ = self._loss(index, step // self.steps_per_epoch)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        stepped = self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss.detach(), stepped
 
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
 
         Raises:
-            TrainError: the loss is not finite, on every process at once.
+            TrainError: the loss is not finite, or loss scaling skips every step, on every process
+                at once.
         """
         config, workers = self.config, self.workers
         share = config.batch_size // workers.world_size
         self.network.train()
         start = time.perf_counter()
         order = shuffle(len(self.data.train), config.seed, self.epoch, workers.device)
-        total = torch.zeros((), dtype=torch.float64, device=workers.device)
+        # Of the losses: their sum and their number. Of the steps: those that were skipped.
+        total, counted, skipped = torch.zeros(3, dtype=torch.float64, device=workers.device)
         for i in range(self.steps_per_epoch):
             first = i * config.batch_size + workers.rank * share
-            total += self.train_step(
+            loss, stepped = self.train_step(
                 order[first : first + share], self.epoch * self.steps_per_epoch + i
             )
+            if stepped is None:
+                total += loss
+                counted += 1
+            else:
+                # A loss that overflowed has no part in the mean, as it had none in the weights.
+                finite = loss.isfinite()
+                total += torch.where(finite, loss, 0.0)
+                counted += finite
+                skipped += ~stepped
+                if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
+                    self._see_that_steps_are_taken()
             progress.step()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
         for t in (*self.model.parameters(), *self.model.buffers()):
             total += 0.0 * t.detach().double().sum()
-        loss = float(workers.sum_(total)) / (self.steps_per_epoch * workers.world_size)
+        mean_loss = float(workers.sum_(total) / workers.sum_(counted))
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
+        if not math.isfinite(mean_loss):
             raise TrainError(
-                f"the loss of epoch {self.epoch + 1} is {loss}: training diverged at "
+                f"the loss of epoch {self.epoch + 1} is {mean_loss}: training diverged at "
                 f"--lr {config.lr}; lower it or add --warmup-epochs (the last checkpoint is whole)"
             )
         self.epoch += 1
         images = self.steps_per_epoch * config.batch_size
+        scaling = {"skipped_steps": int(skipped), "loss_scale": self.scaler.get_scale()}
         return {
             "epoch": self.epoch,
-            "loss": loss,
+            "loss": mean_loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             "images_per_second": images / seconds,
             "memory_bytes": self._memory(),
-        }
+        } | (scaling if self.scaler.is_enabled() else {})
+
+    def _see_that_steps_are_taken(self) -> None:
+        """Called at most every max_skipped_steps steps, since it waits for the device."""
+        skipped, limit = int(self.scaler.skipped_in_a_row), self.config.max_skipped_steps
+        if skipped >= limit:
+            raise TrainError(
+                f"{skipped} steps in a row were skipped: their gradients overflow --precision "
+                f"{self.config.precision} at a loss scale of {self.scaler.get_scale():g}; lower "
+                f"--lr {self.config.lr}, add --warmup-epochs or pass --precision bf16 (the last "
+                "checkpoint is whole)"
+            )
 
     def _memory(self) -> int:
         """Peak memory in bytes: the GPU's, or the resident set of this process."""

@@ -4,12 +4,13 @@ Sources: post-activation, He et al. 2015, arXiv:1512.03385; pre-activation, He e
 arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d, StepGenerator, StochasticDepth
+from fastres.ops import BatchNormReLU2d, MePropConv2d, StepGenerator, StochasticDepth
 from fastres.ops._samples import take_samples
 from fastres.ops.stochastic_depth_add import check_drop
 
@@ -40,8 +41,8 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+# Makes a convolution from in_channels, out_channels, kernel_size, stride and padding.
+Conv = Callable[[int, int, int, int, int], nn.Conv2d]
 
 
 class PreActUnit(nn.Module):
@@ -53,14 +54,15 @@ class PreActUnit(nn.Module):
         out_channels: int,
         stride: int,
         shortcut: nn.Module | None,
+        conv: Conv,
         norm_relu: type[nn.BatchNorm2d],
         drop: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
         self.bn1 = norm_relu(in_channels)
-        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.conv1 = conv(in_channels, out_channels, 3, stride, 1)
         self.bn2 = norm_relu(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, 1, 1)
         self.shortcut = shortcut
         self.drop = drop
 
@@ -98,13 +100,14 @@ class PostActUnit(nn.Module):
         out_channels: int,
         stride: int,
         shortcut: nn.Module | None,
+        conv: Conv,
         norm_relu: type[nn.BatchNorm2d],
         drop: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.conv1 = conv(in_channels, out_channels, 3, stride, 1)
         self.bn1 = norm_relu(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, 1, 1)
         self.bn2 = norm_relu(out_channels)
         if isinstance(shortcut, nn.Conv2d):
             shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
@@ -149,6 +152,10 @@ class ResNet(nn.Module):
         drop_mode: "batch", "row" or "subset".
         drop_schedule: "uniform" drops every one of the L units with probability p, "linear" the
             l-th with p * l / L.
+        meprop_ratio: share of each convolution's output gradient that its backward keeps; None is
+            the dense backward, and the last layer's is dense in any case. See
+            fastres.ops.meprop_conv2d.
+        meprop_mode: "row" or "unified".
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
@@ -166,6 +173,8 @@ class ResNet(nn.Module):
         drop_prob: float = 0.0,
         drop_mode: Literal["batch", "row", "subset"] = "batch",
         drop_schedule: Literal["uniform", "linear"] = "linear",
+        meprop_ratio: float | None = None,
+        meprop_mode: Literal["row", "unified"] = "unified",
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -185,7 +194,16 @@ class ResNet(nn.Module):
         check_drop(drop_prob, drop_mode)
         norm_relu = BatchNormReLU2d if fused else PlainBatchNormReLU2d
         preact = block == "preact"
-        self.stem = _conv3x3(3, width)
+
+        def conv(
+            in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int
+        ) -> nn.Conv2d:
+            sizes = (in_channels, out_channels, kernel_size, stride, padding)
+            if meprop_ratio is None:
+                return nn.Conv2d(*sizes, bias=False)
+            return MePropConv2d(*sizes, bias=False, ratio=meprop_ratio, mode=meprop_mode)
+
+        self.stem = conv(3, width, 3, 1, 1)
         self.stem_bn = None if preact else norm_relu(width)
         units: list[nn.Module] = []
         channels, number = width, (depth - 2) // 2
@@ -197,14 +215,15 @@ class ResNet(nn.Module):
                     way = (
                         PadShortcut(channels, out_channels, stride)
                         if shortcut == "A"
-                        else nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+                        else conv(channels, out_channels, 1, stride, 0)
                     )
                 drop = None
                 if drop_prob > 0:
                     linear = drop_schedule == "linear"
                     p = drop_prob * (len(units) + 1) / number if linear else drop_prob
                     drop = StochasticDepth(p, drop_mode)
-                units.append(_UNITS[block](channels, out_channels, stride, way, norm_relu, drop))
+                unit = _UNITS[block]
+                units.append(unit(channels, out_channels, stride, way, conv, norm_relu, drop))
                 channels = out_channels
         self.units = nn.Sequential(*units)
         self.bn = norm_relu(channels) if preact else None
