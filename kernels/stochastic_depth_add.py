@@ -51,10 +51,9 @@ def _draw(key_ptr, n, unit, WITH_RANK: tl.constexpr):
 @triton.jit(do_not_specialize=["threshold", "unit"])
 def _stochastic_depth_add_fwd_kernel(
     branch_ptr, shortcut_ptr, key_ptr, position_ptr, y_ptr,
-    C, S, threshold, unit, scale,
+    C, S, size, tiles, threshold, unit, scale,
     branch_stride_n, branch_stride_s, branch_stride_c,
     shortcut_stride_n, shortcut_stride_s, shortcut_stride_c,
-    y_stride_n,
     ROW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +63,8 @@ def _stochastic_depth_add_fwd_kernel(
     the whole batch, is kept where its draw is threshold / 2^31 or more. y is dense, NHWC with
     CHANNELS_LAST; FLAT says that within a sample branch and shortcut lie as y does.
     """
-    n, tile, lanes = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
-    if WIDE:
-        tile, lanes = tile.to(tl.int64), lanes.to(tl.int64)
-    element = tile * BLOCK + lanes
-    ok = element < C * S
+    n, element = _place(tiles, WIDE, BLOCK)
+    ok = element < size
     s, c = _split(element, C, S, CHANNELS_LAST)
     # A sample's own offset is a scalar in 64 bits, which costs no registers.
     shortcut_ptr += n.to(tl.int64) * shortcut_stride_n
@@ -85,8 +81,19 @@ def _stochastic_depth_add_fwd_kernel(
         offsets = element if FLAT else s * branch_stride_s + c * branch_stride_c
         branch = tl.load(branch_ptr + j * branch_stride_n + offsets, mask=ok, other=0.0)
         y += scale * branch.to(tl.float32)
-    y_ptr += n.to(tl.int64) * y_stride_n
+    y_ptr += n.to(tl.int64) * size
     tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _place(tiles, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sample of this program, and the elements of it, of `tiles` programs a sample."""
+    # One axis for both: of the others a grid has 65,535 at most.
+    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    lanes = tl.arange(0, BLOCK)
+    if WIDE:
+        tile, lanes = tile.to(tl.int64), lanes.to(tl.int64)
+    return n, tile * BLOCK + lanes
 
 
 @triton.jit
@@ -102,17 +109,14 @@ def _split(element, C, S, CHANNELS_LAST: tl.constexpr):
 @triton.jit(do_not_specialize=["threshold", "unit"])
 def _stochastic_depth_add_bwd_kernel(
     dy_ptr, key_ptr, source_ptr, dbranch_ptr,
-    C, S, threshold, unit, scale,
-    dy_stride_n, dy_stride_s, dy_stride_c, dbranch_stride_n,
+    C, S, size, tiles, threshold, unit, scale,
+    dy_stride_n, dy_stride_s, dy_stride_c,
     ROW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dbranch[j] = scale * dy[n] where n is kept, else 0; n = source[j] (kept if >= 0), else j."""
-    j, tile, lanes = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
-    if WIDE:
-        tile, lanes = tile.to(tl.int64), lanes.to(tl.int64)
-    element = tile * BLOCK + lanes
-    ok = element < C * S
+    j, element = _place(tiles, WIDE, BLOCK)
+    ok = element < size
     n = j.to(tl.int64)
     if source_ptr is not None:
         n = tl.load(source_ptr + j)
@@ -125,7 +129,7 @@ def _stochastic_depth_add_bwd_kernel(
         offsets = element if FLAT else s * dy_stride_s + c * dy_stride_c
         dy = tl.load(dy_ptr + n * dy_stride_n + offsets, mask=ok, other=0.0)
         dbranch = scale * dy.to(tl.float32)
-    dbranch_ptr += j.to(tl.int64) * dbranch_stride_n
+    dbranch_ptr += j.to(tl.int64) * size
     tl.store(dbranch_ptr + element, dbranch.to(dbranch_ptr.dtype.element_ty), mask=ok)
 
 
@@ -200,12 +204,12 @@ def stochastic_depth_add_fwd(
         return y
     branch, branch_rows = as_rows(branch)
     C, S = _sizes(y)
-    channels_last = channels_fastest(shortcut_rows)
+    tiles, channels_last = triton.cdiv(C * S, BLOCK), channels_fastest(shortcut_rows)
     launch(
-        _stochastic_depth_add_fwd_kernel, (y.shape[0], triton.cdiv(C * S, BLOCK)),
+        _stochastic_depth_add_fwd_kernel, (y.shape[0] * tiles,),
         branch, shortcut, key, position, y,
-        C, S, threshold, unit, scale,
-        *branch_rows.strides, *shortcut_rows.strides, C * S,
+        C, S, C * S, tiles, threshold, unit, scale,
+        *branch_rows.strides, *shortcut_rows.strides,
         ROW=row, CHANNELS_LAST=channels_last,
         FLAT=all(_flat(rows, C, S, channels_last) for rows in (branch_rows, shortcut_rows)),
         WIDE=_wide(C, S, branch_rows, shortcut_rows), BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -243,10 +247,11 @@ def stochastic_depth_add_bwd(
         return dbranch
     dy, dy_rows = as_rows(dy)
     C, S = _sizes(dy)
+    tiles = triton.cdiv(C * S, BLOCK)
     launch(
-        _stochastic_depth_add_bwd_kernel, (samples, triton.cdiv(C * S, BLOCK)),
+        _stochastic_depth_add_bwd_kernel, (samples * tiles,),
         dy, key, source, dbranch,
-        C, S, threshold, unit, scale, *dy_rows.strides, C * S,
+        C, S, C * S, tiles, threshold, unit, scale, *dy_rows.strides,
         ROW=row, CHANNELS_LAST=channels_last, FLAT=_flat(dy_rows, C, S, channels_last),
         WIDE=_wide(C, S, dy_rows), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

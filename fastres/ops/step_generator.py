@@ -49,7 +49,12 @@ class StepGenerator:
         """The generator of one more unit, which drops its branch with probability p.
 
         Units are numbered in the order of these calls; a model that is built alike draws alike.
+
+        Raises:
+            ValueError: p out of range, or too many units.
         """
+        if not 0 <= p <= 1:
+            raise ValueError(f"p: expected a drop probability, 0 <= p <= 1, got {p}")
         if len(self._units) == _UNITS:
             raise ValueError(f"a StepGenerator has at most {_UNITS} units")
         self._units.append(UnitGenerator(self, len(self._units), p))

@@ -153,10 +153,11 @@ def stochastic_depth_add(
     Returns:
         [N, C, H, W] in shortcut's dtype and memory format; arithmetic in fp32.
     Raises:
-        ValueError: shapes, dtypes or devices differ, p out of range, unknown mode.
+        ValueError: shapes, dtypes or devices differ, p out of range, unknown mode, a generator of
+            another p.
     Source: Huang et al. 2016, arXiv:1603.09382; inverted scaling in training, none at test time.
     """
-    check_drop(p, mode)
+    check_drop(p, mode, generator)
     _check(branch, shortcut)
     if not training or p == 0:
         return shortcut + branch
@@ -222,7 +223,14 @@ def add_subset(
         scale: of branch.
     Returns:
         [N, C, H, W] as shortcut.
+    Raises:
+        ValueError: branch or shortcut is not of these sizes, or they differ in dtype or device.
     """
+    _check(branch, shortcut, position.shape[0])
+    if branch.shape[0] != source.shape[0]:
+        raise ValueError(
+            f"branch: expected {source.shape[0]} samples, as it was given, got {branch.shape[0]}"
+        )
     if takes_kernels(branch):
         return torch.ops.fastres.stochastic_depth_add.default(
             branch, shortcut, position, position, source, 0, scale, True, 0
@@ -244,21 +252,27 @@ def key_of(generator: Generator, device: torch.device) -> tuple[Tensor, int]:
     return torch.empty(3, dtype=torch.int64, device=device).random_(generator=generator), 0
 
 
-def check_drop(p: float, mode: str) -> None:
-    """Raise ValueError unless 0 <= p <= 1 and there is such a mode."""
+def check_drop(p: float, mode: str, generator: Generator = None) -> None:
+    """Raise ValueError unless 0 <= p <= 1, there is such a mode, and generator draws by p."""
     if not 0 <= p <= 1:
         raise ValueError(f"p: expected a drop probability, 0 <= p <= 1, got {p}")
     if mode not in ("batch", "row", "subset"):
         raise ValueError(f"mode: expected 'batch', 'row' or 'subset', got {mode!r}")
+    # Dropped by one probability and scaled by another, the sum would be biased.
+    if isinstance(generator, UnitGenerator) and generator.p != p:
+        raise ValueError(f"generator: expected a unit of p = {p}, got one of p = {generator.p}")
 
 
-def _check(branch: Tensor, shortcut: Tensor) -> None:
+def _check(branch: Tensor, shortcut: Tensor, samples: int | None = None) -> None:
+    """samples: of shortcut, where they are not as many as branch's."""
     shape, dtype, device = branch.shape, branch.dtype, branch.device
     if len(shape) != 4:
         raise ValueError(f"branch: expected [N, C, H, W], got shape {list(shape)}")
     allowed = [torch.float32, torch.float16, torch.bfloat16]
     if dtype not in allowed and (dtype != torch.float64 or takes_kernels(branch)):
         raise ValueError(f"branch: expected one of {allowed} on {device}, got {dtype}")
+    if samples is not None:
+        shape = torch.Size((samples, *shape[1:]))
     if shortcut.shape != shape or shortcut.dtype != dtype or shortcut.device != device:
         raise ValueError(
             f"shortcut: expected branch's {list(shape)}, {dtype} on {device}, "
@@ -274,12 +288,12 @@ class StochasticDepthAdd(nn.Module):
         mode: "batch", "row" or "subset".
         generator: see stochastic_depth_add.
     Raises:
-        ValueError: p out of range, unknown mode.
+        ValueError: p out of range, unknown mode, a generator of another p.
     """
 
     def __init__(self, p: float, mode: Mode = "row", generator: Generator = None) -> None:
         super().__init__()
-        check_drop(p, mode)
+        check_drop(p, mode, generator)
         self.p, self.mode, self.generator = p, mode, generator
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Source: Huang et al. 2016, arXiv:1603.09382.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,12 @@ class StochasticDepth(nn.Module):
         mode: "batch", "row" or "subset"; see StochasticDepthUnit.
         generator: see StochasticDepthUnit.
     Raises:
-        ValueError: p out of range, unknown mode.
+        ValueError: p out of range, unknown mode, a generator of another p.
     """
 
     def __init__(self, p: float, mode: Mode = "batch", generator: Generator = None) -> None:
         super().__init__()
-        check_drop(p, mode)
+        check_drop(p, mode, generator)
         self.p, self.mode, self.generator = p, mode, generator
 
     def forward(
@@ -91,10 +91,12 @@ class StochasticDepth(nn.Module):
         Returns:
             [N, C', H', W']; without clone, where the branch is skipped, a view of shortcut that may
             not be changed in place.
+        Raises:
+            ValueError: the branch gives another shape than the shortcut's.
         """
         p = self.p
         if not self.training or p == 0:
-            return shortcut + branch(x, None)
+            return shortcut + _fitting(branch(x, None), shortcut)
         if self.mode == "row":
             return stochastic_depth_add(
                 *_of_one_dtype(branch(x, None), shortcut), p, "row", True, self.generator
@@ -102,7 +104,7 @@ class StochasticDepth(nn.Module):
         if self.mode == "batch":
             if self._drops():
                 return _skip(shortcut, parameters(), clone)
-            return torch.add(shortcut, branch(x, None), alpha=1.0 / (1.0 - p))
+            return torch.add(shortcut, _fitting(branch(x, None), shortcut), alpha=1.0 / (1.0 - p))
         samples = x.shape[0]
         kept = subset_size(samples, p)
         if kept == 0:
@@ -117,10 +119,20 @@ class StochasticDepth(nn.Module):
         generator = self.generator
         if isinstance(generator, UnitGenerator):
             return generator.dropped
-        return self.p == 1 or bool(torch.rand((), generator=generator) < self.p)
+        return self.p == 1 or bool(torch.rand((), generator=generator, device="cpu") < self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode!r}"
+
+
+def _fitting(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """branch, unless `+` would broadcast one of the two."""
+    if branch.shape != shortcut.shape:
+        raise ValueError(
+            f"branch: expected the shortcut's shape {list(shortcut.shape)}, "
+            f"got {list(branch.shape)}"
+        )
+    return branch
 
 
 def _of_one_dtype(branch: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +152,9 @@ class StochasticDepthUnit(nn.Module):
     graphs, with a StepGenerator's unit even under fullgraph=True; many units compiled as one would
     have a graph for each pattern, and meet the recompile limit: compile them one by one.
 
+    However they drop, PyTorch counts the graphs of all units that are compiled one by one together:
+    set torch._dynamo.config.recompile_limit, 8 by itself, to twice the number of units.
+
     mode "row": one draw for each sample; everything is computed, and BatchNorm sees every sample.
 
     mode "subset": the branch runs on s = max(int(N * (1 - p)), 1) samples drawn afresh, and is
@@ -157,7 +172,7 @@ class StochasticDepthUnit(nn.Module):
             None, PyTorch's own; or a torch.Generator: of the CPU in mode "batch", else x's device.
             With the latter two, processes agree on a dropped batch where their seeds do.
     Raises:
-        ValueError: p out of range, unknown mode.
+        ValueError: p out of range, unknown mode, a generator of another p.
     Source: Huang et al. 2016, arXiv:1603.09382.
     """
 
@@ -184,11 +199,25 @@ class StochasticDepthUnit(nn.Module):
         branch = self.branch
         if index is None:
             return branch(x)
-        if isinstance(branch, nn.Sequential) and len(branch) > 0:
+        if _begins_with_batch_norm(branch):
             first, *rest = branch
-            if isinstance(first, BatchNormReLU2d):
-                y = first(x, index=index)
-                for module in rest:
-                    y = module(y)
-                return y
+            y = first(x, index=index)
+            for module in rest:
+                y = module(y)
+            return y
         return branch(take_samples(x, index))
+
+
+def _begins_with_batch_norm(branch: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether branch(x[index]) is its modules one by one, the first of which takes an index.
+
+    A class with a forward of its own, or hooks, are somebody's wish: then branch itself is called.
+    """
+    return (
+        isinstance(branch, nn.Sequential)
+        and type(branch).forward is nn.Sequential.forward
+        and len(branch) > 0
+        and type(branch[0]).forward is BatchNormReLU2d.forward
+        and not (branch._forward_hooks or branch._forward_pre_hooks)
+        and not (branch._backward_hooks or branch._backward_pre_hooks)
+    )
