@@ -3,5 +3,18 @@
 from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
+from fastres.ops.cast import cast
+from fastres.ops.sgd_step import flat_offsets, sgd_step
+from fastres.ops.unscale import unscale
 
-__all__ = ["BatchNormReLU2d", "augment", "batch_norm_relu", "shuffle", "takes_kernels"]
+__all__ = [
+    "BatchNormReLU2d",
+    "augment",
+    "batch_norm_relu",
+    "cast",
+    "flat_offsets",
+    "sgd_step",
+    "shuffle",
+    "takes_kernels",
+    "unscale",
+]
