@@ -42,8 +42,8 @@ def block_row(blocks_ptr):
 def _load(address, start, lanes, count, dtype: tl.constexpr):
     """fp32 elements from start on; a whole block at an aligned address in accesses of 128 bits."""
     if (address % 16 == 0) & (count == lanes.shape[0]):
-        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-        x = tl.load(pointer + tl.multiple_of(start, 16) + lanes).to(tl.float32)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)) + start, 16)
+        x = tl.load(pointer + lanes).to(tl.float32)
     else:
         pointer = address.to(tl.pointer_type(dtype)) + start
         x = tl.load(pointer + lanes, mask=lanes < count, other=0.0).to(tl.float32)
@@ -53,8 +53,8 @@ def _load(address, start, lanes, count, dtype: tl.constexpr):
 @triton.jit
 def _store(address, start, lanes, x, count, dtype: tl.constexpr):
     if (address % 16 == 0) & (count == lanes.shape[0]):
-        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-        tl.store(pointer + tl.multiple_of(start, 16) + lanes, x.to(dtype))
+        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)) + start, 16)
+        tl.store(pointer + lanes, x.to(dtype))
     else:
         pointer = address.to(tl.pointer_type(dtype)) + start
         tl.store(pointer + lanes, x.to(dtype), mask=lanes < count)
