@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from _environment import environment
 
-from fastres.kernels import _aot, augment, batch_norm_relu
+from fastres.kernels import _aot, augment, batch_norm_relu, cast, sgd_step, unscale
 from fastres.kernels._launch import Launch, record
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,10 +131,59 @@ def augment_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def unscale_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    # The kernel reads dtypes from its table: one binary for all of them.
+    grads = [_empty((64, 64, 3, 3), dtype), _empty((64,), torch.float32), _empty((10,), dtype)]
+    masters = [_empty(tuple(grad.shape), torch.float32) for grad in grads]
+    scale = _empty((), torch.float32)
+    targets: dict[str, list[torch.Tensor]] = {"in place": grads, "to fp32": masters, "check": []}
+    for (name, out), norm in itertools.product(targets.items(), (False, True)):
+        with _recorded(found, f"{name}{', norm' if norm else ''}", usual=True):
+            unscale.unscale_fwd(grads, out, scale, norm)
+    with _recorded(found, "16 blocks"):
+        unscale.unscale_fwd([_empty((16 * 2048,), dtype)], [], scale, True)
+    return found
+
+
+def cast_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    for source, target, M in itertools.product(
+        (torch.float32, dtype), DTYPES.values(), (272_480, 272_474, 1)
+    ):
+        with _recorded(found, f"{source} to {target}, M={M}", usual=source != dtype and M > 1):
+            cast.cast_fwd(_empty((M,), source), _empty((M,), target))
+    return found
+
+
+def sgd_step_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    grads = [_empty((64, 64, 3, 3), dtype), None, _empty((64,), torch.float32)]
+    sizes, offsets, flat = [36_864, 64, 64], [0, 36_864, 36_928], _empty((36_992,), torch.float32)
+    one = _empty((), torch.float32)
+    half = _empty((36_992,), torch.float16 if dtype == torch.float32 else dtype)
+    for buffer, copy, nesterov, guards, lr in itertools.product(
+        (flat, None), (half, None), (True, False), ((one, one), (None, None)), (0.1, one)
+    ):
+        if nesterov and buffer is None:
+            continue
+        words = f"{'momentum' if buffer is not None else 'plain'}{' nesterov' if nesterov else ''}"
+        words += f"{' +half' if copy is not None else ''}{'' if guards[0] is None else ' guarded'}"
+        usual = buffer is not None and guards[0] is not None
+        with _recorded(found, f"{words}, lr {'on the device' if lr is one else 'given'}", usual):
+            sgd_step.sgd_step_fwd(
+                grads, sizes, offsets, flat, buffer, copy, lr, 0.9, 1e-4, nesterov, False, *guards
+            )
+    return found
+
+
 # Another op's launches: a function from a dtype to its variants, here.
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
     "augment": augment_variants,
+    "unscale": unscale_variants,
+    "cast": cast_variants,
+    "sgd_step": sgd_step_variants,
 }
 
 

@@ -3,9 +3,12 @@
 from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
+from fastres.ops.cast import cast
+from fastres.ops.sgd_step import flat_offsets, sgd_step
 from fastres.ops.step_generator import StepGenerator, UnitGenerator
 from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
 from fastres.ops.stochastic_depth_unit import StochasticDepth, StochasticDepthUnit
+from fastres.ops.unscale import unscale
 
 __all__ = [
     "BatchNormReLU2d",
@@ -16,7 +19,11 @@ __all__ = [
     "UnitGenerator",
     "augment",
     "batch_norm_relu",
+    "cast",
+    "flat_offsets",
+    "sgd_step",
     "shuffle",
     "stochastic_depth_add",
     "takes_kernels",
+    "unscale",
 ]

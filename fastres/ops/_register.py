@@ -14,12 +14,16 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def register_op(name: str, *, mutates_args: tuple[str, ...] = ()) -> Callable[..., Any]:
+def register_op(
+    name: str, *, mutates_args: tuple[str, ...] = (), traceable: bool = True
+) -> Callable[..., Any]:
     """Decorator: register fastres::<name>, visible to torch.compile down to its Triton kernels.
 
-    In Triton's interpreter the kernels cannot be traced, and the op is opaque.
+    In Triton's interpreter the kernels cannot be traced, and the op is opaque. So is an op with
+    traceable=False, whose kernels take addresses: a traced tensor has none.
     """
-    factory = torch.library.custom_op if INTERPRET else torch.library.triton_op
+    opaque = INTERPRET or not traceable
+    factory = torch.library.custom_op if opaque else torch.library.triton_op
     return factory(f"fastres::{name}", mutates_args=mutates_args)
 
 

@@ -1,0 +1,252 @@
+"""One step of SGD over flat buffers: unscale, weight decay, momentum, update, half-precision copy.
+
+    g = grad / grad_scale + weight_decay * p;   m = momentum * m + g
+    p -= lr * (g + momentum * m if nesterov else m);   half = p
+
+Read from the top: the reference, the registered op, the functions. The equations are
+torch.optim.SGD's, whose momentum has no factor 1 - momentum before the gradient.
+Source: Sutskever et al. 2013; unscaling, masters and skipping: Micikevicius et al. 2018,
+arXiv:1710.03740.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.ops._dense import check_grads, is_dense, row
+from fastres.ops._register import kernels, register_op, takes_kernels
+
+# Elements between the beginnings of two parameters are a multiple of this: 128-bit accesses.
+ALIGNMENT = 16
+
+
+def sgd_step_reference(
+    grad: Tensor,
+    p: Tensor,
+    m: Tensor | None,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The definition of sgd_step for one parameter: the next p and m, in p's dtype."""
+    if found_inf is not None and bool(found_inf):
+        return p, m
+    g = grad.to(p.dtype)
+    if grad_scale is not None:
+        g = g / grad_scale
+    if maximize:
+        g = -g
+    if weight_decay != 0:
+        g = g + weight_decay * p
+    if m is None:
+        return p - lr * g, None
+    m = momentum * m + g
+    return p - lr * (g + momentum * m if nesterov else m), m
+
+
+@register_op("sgd_step", mutates_args=("param", "momentum_buffer", "half"), traceable=False)
+def _sgd_step(
+    grads: list[Tensor | None],
+    sizes: list[int],
+    offsets: list[int],
+    param: Tensor,
+    momentum_buffer: Tensor | None,
+    half: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step in place; see sgd_step. lr counts where there is no lr_tensor."""
+    kernels("sgd_step", param).sgd_step_fwd(
+        grads, sizes, offsets, param, momentum_buffer, half, lr if lr_tensor is None else lr_tensor,
+        momentum, weight_decay, nesterov, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+@_sgd_step.register_fake
+def _(
+    grads: list[Tensor | None],
+    sizes: list[int],
+    offsets: list[int],
+    param: Tensor,
+    momentum_buffer: Tensor | None,
+    half: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    return None
+
+
+def flat_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each of so many elements begins in a flat buffer, and the elements of the whole.
+
+    Every one begins at a multiple of 16 elements.
+    """
+    offsets, total = [], 0
+    for size in sizes:
+        offsets.append(total)
+        total += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, total
+
+
+def sgd_step(
+    grads: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    param: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    half: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Step the parameters of a flat buffer by SGD, in place: one launch on a GPU.
+
+    g = grad / grad_scale + weight_decay * p;   m = momentum * m + g
+    p -= lr * (g + momentum * m if nesterov else m);   half = p
+
+    A step with found_inf set leaves every buffer bitwise as it is, and nothing waits for the device
+    to tell. A parameter without a gradient is left as it is. The elements between parameters, to the
+    next multiple of 16, must be zeros, and stay so.
+
+    Args:
+        grads: a gradient for each parameter, fp32, fp16 or bf16, dense in memory in the order of
+            dimensions that the parameter has in the flat buffer; None where there is none. On a CPU
+            they may be overwritten by the unscaled ones.
+        sizes: elements of each parameter; flat_offsets(sizes) says where it begins.
+        param: fp32, flat.
+        momentum_buffer: fp32, flat, zeros at first; needed where momentum is not 0.
+        lr: learning rate; a tensor of one element is read on the device.
+        momentum, weight_decay, nesterov, maximize: as torch.optim.SGD's.
+        half: fp16 or bf16, flat, param rounded to nearest, or None.
+        grad_scale: fp32, one element, that the gradients are divided by, or None.
+        found_inf: fp32, one element; anything but 0 skips the step, or None.
+    Raises:
+        ValueError: a gradient, buffer or number that does not fit.
+    Source: Sutskever et al. 2013; Micikevicius et al. 2018, arXiv:1710.03740.
+    """
+    offsets, total = flat_offsets(sizes)
+    _check(grads, sizes, total, param, momentum_buffer, half, momentum, nesterov)
+    buffer = momentum_buffer if momentum != 0 else None
+    device = param.device
+    if isinstance(lr, Tensor) and lr.device != device:
+        # A number that is on the CPU is there to be read; nothing waits for another device.
+        lr = float(lr) if lr.device.type == "cpu" else lr.to(device, non_blocking=True)
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
+    if found_inf is not None:
+        found_inf = found_inf.to(device, torch.float32, non_blocking=True)
+    lr_number, lr_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+    step = torch.ops.fastres.sgd_step.default if takes_kernels(param) else _native
+    step(
+        list(grads), list(sizes), offsets, param, buffer, half, lr_number, lr_tensor, momentum,
+        weight_decay, nesterov, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+def _native(
+    grads: list[Tensor | None],
+    sizes: list[int],
+    offsets: list[int],
+    param: Tensor,
+    momentum_buffer: Tensor | None,
+    half: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The CPU's path: PyTorch's fused SGD over what the parameters have in the buffers."""
+    present = [i for i, grad in enumerate(grads) if grad is not None and sizes[i] > 0]
+    if not present:
+        return
+    # All views in one call: a part of the buffer, then what is between it and the next.
+    ends = [*offsets[1:], param.numel()]
+    parts = [n for size, o, end in zip(sizes, offsets, ends, strict=True) for n in (size, end - o - size)]
+
+    def views(flat: Tensor) -> list[Tensor]:
+        pieces = flat.split_with_sizes(parts)
+        return [pieces[2 * i] for i in present]
+
+    rows = [row(grad).float() for grad in grads if grad is not None and grad.numel() > 0]
+    torch._fused_sgd_(
+        views(param),
+        rows,
+        [] if momentum_buffer is None else views(momentum_buffer),
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr if lr_tensor is None else lr_tensor,  # type: ignore[arg-type]  # two overloads
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=maximize,
+        is_first_step=False,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+    if half is not None:
+        for kept, made in zip(views(half), views(param), strict=True):
+            rounded = made.to(kept.dtype)
+            kept.copy_(rounded if found_inf is None else torch.where(found_inf != 0, kept, rounded))
+
+
+def _check(
+    grads: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    total: int,
+    param: Tensor,
+    momentum_buffer: Tensor | None,
+    half: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    check_grads(grads, param.device)
+    if len(grads) != len(sizes):
+        raise ValueError(f"grads: expected one for each of {len(sizes)} sizes, got {len(grads)}")
+    for i, (grad, size) in enumerate(zip(grads, sizes, strict=True)):
+        if grad is not None and (grad.numel() != size or not is_dense(grad)):
+            raise ValueError(
+                f"grads[{i}]: expected {size} elements, dense in memory, got shape "
+                f"{list(grad.shape)} of stride {grad.stride()}"
+            )
+    for name, flat, wanted in (
+        ("param", param, (torch.float32,)),
+        ("momentum_buffer", momentum_buffer, (torch.float32,)),
+        ("half", half, (torch.float16, torch.bfloat16)),
+    ):
+        if flat is None:
+            continue
+        fits = flat.shape == (total,) and flat.is_contiguous() and flat.device == param.device
+        if not fits or flat.dtype not in wanted:
+            names = " or ".join(str(dtype) for dtype in wanted)
+            raise ValueError(
+                f"{name}: expected [{total}] of {names} on {param.device}, contiguous, got "
+                f"{list(flat.shape)} of {flat.dtype} on {flat.device}"
+            )
+    if momentum != 0 and momentum_buffer is None:
+        raise ValueError(f"momentum_buffer: needed where momentum is {momentum}, got None")
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov: needs a momentum, got momentum=0")

@@ -1,0 +1,131 @@
+"""Parameters of one dtype and device in one flat buffer, with momentum and half copies beside it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastres.ops import cast, flat_offsets
+from fastres.ops._dense import DTYPES, is_dense, like
+
+
+class FlatParameters:
+    """Parameters that became views of one buffer, each in the strides that it had.
+
+    Attributes:
+        params: the parameters, all of one dtype and on one device.
+        sizes: elements of each.
+        flat: fp32, flat: the parameters, or the fp32 masters of half-precision ones.
+        half: the half-precision parameters, flat, or None where the parameters are fp32.
+        masters: for each parameter, what is stepped: the parameter itself, or its fp32 master.
+        momentum: fp32, flat, zeros at first, or None before it is needed.
+    """
+
+    def __init__(self, params: Sequence[Parameter]) -> None:
+        self.params = list(params)
+        first = self.params[0]
+        self.sizes = [p.numel() for p in self.params]
+        self._offsets, total = flat_offsets(self.sizes)
+        # PyTorch keeps a parameter that is not dense (an expanded one) in a gradient that is.
+        self._strides = [
+            p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
+            for p in self.params
+        ]
+        self.flat = torch.zeros(total, dtype=torch.float32, device=first.device)
+        self.half = None if first.dtype == torch.float32 else self.flat.to(first.dtype)
+        self.momentum: Tensor | None = None
+        self.momentum_views: list[Tensor] = []
+        stored = self.views(self.flat if self.half is None else self.half)
+        with torch.no_grad():
+            for p, view in zip(self.params, stored, strict=True):
+                view.copy_(p)
+                p.data = view
+        self.masters: list[Tensor] = list(self.params)
+        if self.half is not None:
+            cast(self.half, self.flat)
+            self.masters = self.views(self.flat)
+        self._addresses = [p.data_ptr() for p in self.params]
+        self._versions = [p._version for p in self.params]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's part of a flat buffer, in the parameter's shape and strides."""
+        places = zip(self.params, self._strides, self._offsets, strict=True)
+        return [flat.as_strided(p.shape, stride, offset) for p, stride, offset in places]
+
+    def need_momentum(self) -> None:
+        """Make the momentum buffer, zeros, where there is none."""
+        if self.momentum is None:
+            self.momentum = torch.zeros_like(self.flat)
+            self.momentum_views = self.views(self.momentum)
+
+    def check(self) -> None:
+        """Raise RuntimeError unless every parameter still is where it was put."""
+        for p, address in zip(self.params, self._addresses, strict=True):
+            if p.data_ptr() != address:
+                raise RuntimeError(
+                    f"FusedSGD: a parameter of shape {list(p.shape)} is no longer in the "
+                    "optimizer's buffer: model.to(...), .half() or p.data = ... moved it. Make the "
+                    "optimizer after the model is where it trains, or a new one now"
+                )
+
+    def refresh(self) -> None:
+        """Take from half-precision parameters what somebody wrote into them since the last step.
+
+        A loaded or initialised parameter would otherwise come back as its old master has it.
+        """
+        if self.half is not None:
+            versions = zip(self.params, self.masters, self._versions, strict=True)
+            for p, master, version in versions:
+                if p._version != version:
+                    master.copy_(p)
+        self._versions = [p._version for p in self.params]
+
+    def stepped(self) -> None:
+        """Tell autograd that the parameters changed, as an in-place op of PyTorch's own would."""
+        torch.autograd.graph.increment_version(self.params)
+        self._versions = [p._version for p in self.params]
+
+    def gradients(self) -> tuple[list[Tensor | None], bool]:
+        """Each parameter's gradient in the parameter's strides, and whether they are unscaled.
+
+        Unscaled are the fp32 gradients of half-precision parameters that LossScaler.unscale_ made.
+        """
+        masters = self.masters if self.half is not None else []
+        unscaled = any(master.grad is not None for master in masters)
+        owners = masters if unscaled else self.params
+        found: list[Tensor | None] = []
+        for p, owner, view in zip(self.params, owners, self.masters, strict=True):
+            grad = owner.grad if p.grad is not None else None
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"FusedSGD does not support sparse gradients, got {grad.layout} for a "
+                    f"parameter of shape {list(p.shape)}: sparse=False in the embedding, or "
+                    "torch.optim.SGD for that parameter"
+                )
+            found.append(None if grad is None else like(grad, view))
+        return found, unscaled
+
+    def drop_master_grads(self) -> None:
+        if self.half is not None:
+            for master in self.masters:
+                master.grad = None
+
+
+def checked(params: Sequence[Tensor]) -> None:
+    """Raise ValueError unless FusedSGD can own all of these."""
+    seen = set()
+    for p in params:
+        if p.dtype not in DTYPES:
+            raise ValueError(
+                f"FusedSGD: expected parameters of one of {list(DTYPES)}, got {p.dtype} for shape "
+                f"{list(p.shape)}"
+            )
+        if p.layout != torch.strided:
+            raise ValueError(f"FusedSGD: expected dense parameters, got {p.layout}")
+        if p.numel() > 0 and (p.device, p.data_ptr()) in seen:
+            raise ValueError(
+                f"FusedSGD: a parameter of shape {list(p.shape)} shares its memory with another, "
+                "and would be parted from it: give one of them"
+            )
+        seen.add((p.device, p.data_ptr()))

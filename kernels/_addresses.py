@@ -1,0 +1,150 @@
+"""Many tensors in one launch: a table of their addresses, and the blocks that they are cut into.
+
+Every tensor is taken as the row of elements that its dense storage is, whatever its shape. The
+blocks depend on sizes and dtypes alone; the table changes when a tensor moves, and only then is one
+sent to the device, from pinned memory, so that nothing waits.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+# Sixteen elements a thread, in 128-bit accesses. Not tuned on a GPU yet.
+BLOCK = 2048
+NUM_WARPS = 4
+# Numbers of a block's row: its tensor, its first element, how many elements it has, and two more.
+COLUMNS = tl.constexpr(5)
+# Tables that are kept, a KB each: gradients move between a few places at most.
+KEPT = 64
+
+FP32 = tl.constexpr(0)
+FP16 = tl.constexpr(1)
+BF16 = tl.constexpr(2)
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# What a captured graph reads at every replay may never be freed: the tables, and the host memory
+# that the captured copies start from.
+_captured: list[torch.Tensor] = []
+
+
+@triton.jit
+def block_row(blocks_ptr):
+    """This program's row of the block table: tensor, first element, count, and two more."""
+    row = blocks_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
+    count = tl.load(row + 2).to(tl.int32)
+    return tl.load(row), tl.load(row + 1), count, tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def _load(address, start, lanes, count, dtype: tl.constexpr):
+    """fp32 elements from start on; a whole block at an aligned address in accesses of 128 bits."""
+    if (address % 16 == 0) & (count == lanes.shape[0]):
+        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)) + start, 16)
+        x = tl.load(pointer + lanes).to(tl.float32)
+    else:
+        pointer = address.to(tl.pointer_type(dtype)) + start
+        x = tl.load(pointer + lanes, mask=lanes < count, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _store(address, start, lanes, x, count, dtype: tl.constexpr):
+    if (address % 16 == 0) & (count == lanes.shape[0]):
+        pointer = tl.multiple_of(address.to(tl.pointer_type(dtype)) + start, 16)
+        tl.store(pointer + lanes, x.to(dtype))
+    else:
+        pointer = address.to(tl.pointer_type(dtype)) + start
+        tl.store(pointer + lanes, x.to(dtype), mask=lanes < count)
+
+
+@triton.jit
+def load_elements(address, start, lanes, count, kind):
+    """Elements start + lanes, for lanes < count, of the tensor at an address, in fp32; then zeros.
+
+    kind: one of KINDS.
+    """
+    if kind == FP32:
+        x = _load(address, start, lanes, count, tl.float32)
+    elif kind == FP16:
+        x = _load(address, start, lanes, count, tl.float16)
+    else:
+        x = _load(address, start, lanes, count, tl.bfloat16)
+    return x
+
+
+@triton.jit
+def store_elements(address, start, lanes, x, count, kind):
+    """Store where load_elements loads, rounded to the tensor's dtype."""
+    if kind == FP32:
+        _store(address, start, lanes, x, count, tl.float32)
+    elif kind == FP16:
+        _store(address, start, lanes, x, count, tl.float16)
+    else:
+        _store(address, start, lanes, x, count, tl.bfloat16)
+
+
+def _send(numbers: Sequence[object], device: torch.device) -> torch.Tensor:
+    """An int64 tensor on the device, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64).to(device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    # A captured copy is of ordinary memory: pinning asks for events, which capture forbids.
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=not capturing)
+    if capturing:
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    """Part of every key: what one stream sent may still be on its way when another reads it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _kept(found: torch.Tensor) -> torch.Tensor:
+    if found.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
+
+
+def table(tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
+    """int64 [T] on the device: each tensor's address, 0 where there is none."""
+    if device.type == "meta":
+        return torch.empty(len(tensors), dtype=torch.int64, device=device)
+    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+    return _kept(_table(addresses, device, _stream(device)))
+
+
+@functools.lru_cache(KEPT)
+def _table(addresses: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _send(addresses, device)
+
+
+def blocks(
+    sizes: Sequence[int], fourth: Sequence[int], fifth: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """int64 [B, COLUMNS] on the device, BLOCK elements or fewer to a row; see block_row.
+
+    fourth, fifth: a number for each tensor, which its rows end with.
+    """
+    key = tuple(sizes), tuple(fourth), tuple(fifth), BLOCK
+    return _kept(_blocks(*key, device, _stream(device)))
+
+
+@functools.lru_cache(KEPT)
+def _blocks(
+    sizes: tuple[int, ...],
+    fourth: tuple[int, ...],
+    fifth: tuple[int, ...],
+    block: int,
+    device: torch.device,
+    stream: int,
+) -> torch.Tensor:
+    rows = [
+        (tensor, start, min(block, size - start), a, b)
+        for tensor, (size, a, b) in enumerate(zip(sizes, fourth, fifth, strict=True))
+        for start in range(0, size, block)
+    ]
+    return _send(rows, device).view(-1, COLUMNS.value)
