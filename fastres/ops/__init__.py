@@ -4,6 +4,8 @@ from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
 from fastres.ops.cast import cast
+from fastres.ops.meprop_conv2d import MePropConv2d, meprop_conv2d
+from fastres.ops.meprop_linear import MePropLinear, meprop_linear
 from fastres.ops.sgd_step import flat_offsets, sgd_step
 from fastres.ops.step_generator import StepGenerator, UnitGenerator
 from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
@@ -12,6 +14,8 @@ from fastres.ops.unscale import unscale
 
 __all__ = [
     "BatchNormReLU2d",
+    "MePropConv2d",
+    "MePropLinear",
     "StepGenerator",
     "StochasticDepth",
     "StochasticDepthAdd",
@@ -21,6 +25,8 @@ __all__ = [
     "batch_norm_relu",
     "cast",
     "flat_offsets",
+    "meprop_conv2d",
+    "meprop_linear",
     "sgd_step",
     "shuffle",
     "stochastic_depth_add",
