@@ -183,9 +183,7 @@ class LossScaler:
             raise RuntimeError("unscale_() is being called after step(): call it before.")
         grads, out = _gradients(optimizer)
         device = _device_of(grads, scale)
-        found_inf, total = unscale(
-            grads, scale.to(device, non_blocking=True), out=out, norm=norm
-        )
+        found_inf, total = unscale(grads, scale.to(device, non_blocking=True), out=out, norm=norm)
         progress.found_inf.append(found_inf)
         progress.stage = "unscaled"
         return total
@@ -269,7 +267,9 @@ class LossScaler:
             return
         scale, growth_tracker, skipped = self._started("update")
         found = [
-            t.to(scale.device, non_blocking=True) for p in self._progress.values() for t in p.found_inf
+            t.to(scale.device, non_blocking=True)
+            for p in self._progress.values()
+            for t in p.found_inf
         ]
         if new_scale is not None:
             _set(scale, new_scale)

@@ -28,7 +28,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
     precision: Literal["fp32", "fp16", "bf16", "pure-fp16"] = "fp32"
-    """fp16 and bf16: autocast. pure-fp16: fp16 weights beside fp32 masters. fp32: no TF32 either."""
+    """fp16, bf16: autocast. pure-fp16: fp16 weights beside fp32 masters. fp32: no TF32 either."""
     max_skipped_steps: int = 50
     """Of fp16: stop after so many steps in a row whose gradients overflowed."""
     channels_last: bool = True

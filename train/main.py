@@ -82,6 +82,12 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
         )
     state = checkpoint.load(path)
     then, now = state["config"], config.as_dict()
+    precisions = {then["precision"], now["precision"]}
+    if len(precisions) > 1 and "pure-fp16" in precisions:
+        raise TrainError(
+            f"{path}: its weights are of --precision {then['precision']}, this run's of "
+            f"--precision {now['precision']}; pass the former, or another --out"
+        )
     for name in _MODEL:
         if then[name] != now[name]:
             raise TrainError(
@@ -108,7 +114,14 @@ def describe(
         f"{parameters:,} parameters, {config.precision}, {layout}"
     )
     if config.fused:
-        workers.say(f"fused    {fused_ops(trainer.model, device)}")
+        workers.say(f"fused    {fused_ops(trainer)}")
+    if config.drop_prob > 0:
+        workers.say(
+            f"depth    stochastic, p = {config.drop_prob:g} {config.drop_schedule}, "
+            f"by {config.drop_mode}"
+        )
+    if config.meprop_ratio is not None:
+        workers.say(f"meProp   keeps {config.meprop_ratio:g} of dy, {config.meprop_mode}")
     workers.say(f"out      {config.out_dir}")
     if state is not None:
         workers.say(f"resume   after epoch {trainer.epoch} of {config.epochs}")

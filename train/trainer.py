@@ -88,18 +88,21 @@ def to_half(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(p.detach().half()))
 
 
-def fused_ops(model: nn.Module, device: torch.device) -> str:
-    """Which fused ops a model takes, for the person who asked for --fused."""
-    kinds: dict[str, type[nn.Module]] = {
-        "batch_norm_relu": BatchNormReLU2d,
-        "stochastic_depth_add": StochasticDepth,
-        "meprop_conv2d": MePropConv2d,
+def fused_ops(trainer: "Trainer") -> str:
+    """Which fused ops a run takes, for the person who asked for --fused."""
+    counts = {
+        "batch_norm_relu": sum(isinstance(m, BatchNormReLU2d) for m in trainer.model.modules()),
+        # "batch" decides on the host what to compute: there is nothing left for the op to do.
+        "stochastic_depth_add": sum(
+            isinstance(m, StochasticDepth) and m.mode != "batch" for m in trainer.model.modules()
+        ),
+        "meprop_conv2d": sum(isinstance(m, MePropConv2d) for m in trainer.model.modules()),
     }
-    counts = {name: sum(isinstance(m, k) for m in model.modules()) for name, k in kinds.items()}
-    layers = ", ".join(f"{name} ({count} layers)" for name, count in counts.items() if count)
-    triton = takes_kernels(torch.empty(0, device=device))
+    layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
+    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else []), "sgd_step"]
+    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
-    return f"{layers}, augment, sgd_step; by {path}"
+    return f"{', '.join(layers + steps)}; by {path}"
 
 
 class Trainer:

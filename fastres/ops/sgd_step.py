@@ -186,7 +186,9 @@ def _native(
         return
     # All views in one call: a part of the buffer, then what is between it and the next.
     ends = [*offsets[1:], param.numel()]
-    parts = [n for size, o, end in zip(sizes, offsets, ends, strict=True) for n in (size, end - o - size)]
+    parts = [
+        n for size, o, end in zip(sizes, offsets, ends, strict=True) for n in (size, end - o - size)
+    ]
 
     def views(flat: Tensor) -> list[Tensor]:
         pieces = flat.split_with_sizes(parts)

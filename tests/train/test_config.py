@@ -31,6 +31,7 @@ def test_flags_override_the_file_wherever_they_stand(tmp_path: Path) -> None:
 def test_best_is_readable_and_fused() -> None:
     config = parse(["--config", str(BEST)])
     assert config.fused and config.batch_size == 1024 and config.block == "preact"
+    assert (config.drop_prob, config.drop_schedule, config.precision) == (0.5, "uniform", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,13 @@ def test_best_is_readable_and_fused() -> None:
         (["--test-fraction", "0.1"], ["--test-fraction 0.1", "--dataset folder"]),
         (["--image-size", "16"], ["--image-size 16", "folder or synthetic"]),
         (["--image-size", "4", "--dataset", "synthetic"], ["--image-size 4", "8 or more"]),
+        (["--drop-prob", "1.5"], ["--drop-prob 1.5", "0 to 1"]),
+        (["--drop-prob", "nan"], ["--drop-prob nan", "0 to 1"]),
+        (["--drop-mode", "each"], ["each", "subset"]),
+        (["--meprop-ratio", "0"], ["--meprop-ratio 0.0", "more than 0"]),
+        (["--meprop-mode", "column"], ["column", "unified"]),
+        (["--precision", "pure-fp16"], ["--precision pure-fp16", "--fused"]),
+        (["--max-skipped-steps", "0"], ["--max-skipped-steps 0", "1 or more"]),
         (["--config", "no-such.toml"], ["no-such.toml", "cannot be read"]),
     ],
 )

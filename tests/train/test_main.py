@@ -149,10 +149,19 @@ def test_a_changed_number_of_epochs_is_honoured(
     assert lines(tmp_path / "metrics.jsonl")[0]["lr"] == pytest.approx(0.05 / 8 / 100)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_trains(precision: str, tmp_path: Path) -> None:
-    assert main([*TINY, "--precision", precision, "--fused", "--out", str(tmp_path)]) == 0
-    assert lines(tmp_path / "metrics.jsonl")[-1]["loss"] < 3
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "pure-fp16"])
+def test_half_precision_trains(precision: str, fused: str, tmp_path: Path) -> None:
+    if precision == "pure-fp16" and fused == "--no-fused":
+        return  # refused: tests/train/test_config.py
+    assert main([*TINY, "--precision", precision, fused, "--out", str(tmp_path)]) == 0
+    record = lines(tmp_path / "metrics.jsonl")[-1]
+    assert record["loss"] < 3
+    assert ("loss_scale" in record) == (precision != "bf16")
+    dtypes = {name: t.dtype for name, t in weights(tmp_path).items()}
+    pure = torch.float16 if precision == "pure-fp16" else torch.float32
+    assert dtypes["stem.weight"] == dtypes["fc.bias"] == pure
+    assert dtypes["units.0.bn1.weight"] == dtypes["bn.running_var"] == torch.float32
 
 
 def test_evaluation_may_wait_but_the_last_epoch_has_one(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tolerances import DDP_ABSOLUTE
 from trainer import Trainer
 from workers import Workers
 
-from fastres.ops import _register, shuffle
+from fastres.ops import StepGenerator, _register, shuffle
 
 ROOT = Path(__file__).parents[2]
 # 48 images in batches of 12: four steps an epoch, shared evenly by two or three processes.
@@ -31,6 +31,13 @@ FLAGS = [
     "--dataset", "synthetic", "--train-size", "48", "--image-size", "16", "--device", "cpu",
     "--fused", "--depth", "20", "--width", "4", "--batch-size", "12", "--deterministic",
 ]  # fmt: skip
+# Where it takes all processes to be right: none may wait for a gradient that never comes.
+METHODS = {
+    "plain": [],
+    "batch": ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode", "batch"],
+    "row": ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode", "row"],
+    "subset, meProp": ["--drop-prob", "0.5", "--drop-mode", "subset", "--meprop-ratio", "0.25"],
+}
 
 
 def start(processes: int, flags: list[str]) -> "subprocess.Popen[str]":
@@ -70,7 +77,11 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
     for epoch in range(config.epochs):
         order = shuffle(len(trainer.data.train), config.seed, epoch, "cpu")
         for i in range(trainer.steps_per_epoch):
+            step = epoch * trainer.steps_per_epoch + i
             for rank, buffers in enumerate(statistics):
+                draws = StepGenerator(config.seed, rank)
+                model.draw_from(draws)
+                draws.set_step(step)
                 for name, buffer in model.named_buffers():
                     buffer.copy_(buffers[name])
                 first = i * config.batch_size + rank * size
@@ -80,7 +91,7 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
                 (loss / shares).backward()
                 statistics[rank] = {n: b.clone() for n, b in model.named_buffers()}
             factor = lr_factor(
-                epoch * trainer.steps_per_epoch + i,
+                step,
                 steps_per_epoch=trainer.steps_per_epoch,
                 epochs=config.epochs,
                 warmup_epochs=0,
@@ -97,9 +108,14 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
     return {n: p.detach() for n, p in model.named_parameters()} | statistics[0]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_train_what_one_would(processes: int, tmp_path: Path, _native_path: None) -> None:
-    flags = [*FLAGS, "--epochs", "1", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("processes", "method"),
+    [(3, "plain"), (2, "batch"), (2, "row"), (2, "subset, meProp")],
+)
+def test_processes_train_what_one_would(
+    processes: int, method: str, tmp_path: Path, _native_path: None
+) -> None:
+    flags = [*FLAGS, *METHODS[method], "--epochs", "1", "--out", str(tmp_path)]
     status, out, err = run(processes, flags)
     assert status == 0, err
     assert f"{processes} process(es)" in out
@@ -141,6 +157,7 @@ def test_more_processes_than_images_to_evaluate(tmp_path: Path) -> None:
 def test_kill_in_the_middle_of_an_epoch_and_resume(tmp_path: Path) -> None:
     """Three processes, since with two any order of summing is the same."""
     flags = [*FLAGS, "--epochs", "3", "--train-size", "480", "--image-size", "8"]
+    flags += ["--drop-prob", "0.3", "--drop-mode", "subset"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, _, err = run(3, [*flags, "--out", str(whole)])
     assert status == 0, err
@@ -180,3 +197,19 @@ def test_an_error_is_one_line_and_leaves_none_hanging(tmp_path: Path) -> None:
     assert status != 0
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "cannot be written" in said[0]
+
+
+def test_best_with_every_op_on_four_processes(tmp_path: Path) -> None:
+    """train/best.toml and meProp: BatchNorm, stochastic depth, loss scaling and sparse backward."""
+    best = ROOT / "train" / "best.toml"
+    flags = ["--config", str(best), "--meprop-ratio", "0.5", "--dataset", "synthetic"]
+    flags += ["--image-size", "8", "--device", "cpu", "--width", "4", "--train-size", "48"]
+    flags += ["--batch-size", "16", "--epochs", "5", "--eval-every", "5", "--out", str(tmp_path)]
+    status, out, err = run(4, flags)
+    assert status == 0, err
+    assert "4 process(es)" in out
+    for words in ("batch_norm_relu (19", "meprop_conv2d (21", "unscale, sgd_step", "p = 0.5 unif"):
+        assert words in out, out
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 5 and all(record["skipped_steps"] < 3 for record in records)
+    assert records[-1]["loss"] < 3

@@ -1,0 +1,169 @@
+"""Stochastic depth, meProp and loss scaling in the training program, in one process."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import pytest
+import torch
+from config import parse
+from main import load_data, main
+from trainer import Trainer
+from workers import Workers
+
+from fastres.ops import _register
+
+TINY = [
+    "--dataset", "synthetic", "--train-size", "48", "--image-size", "8", "--device", "cpu",
+    "--depth", "14", "--width", "4", "--batch-size", "12", "--epochs", "2", "--deterministic",
+    "--fused",
+]  # fmt: skip
+DROP = ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode"]
+METHODS = {
+    "batch": [*DROP, "batch"],
+    "row": [*DROP, "row"],
+    "subset": [*DROP, "subset"],
+    "meprop": ["--meprop-ratio", "0.5"],
+    "meprop row": ["--meprop-ratio", "0.1", "--meprop-mode", "row"],
+    "fp16": ["--precision", "fp16"],
+    "pure-fp16": ["--precision", "pure-fp16"],
+    "all": [*DROP, "subset", "--meprop-ratio", "0.5", "--precision", "fp16"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_register, "INTERPRET", False)
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    return checkpoint.load(out / "checkpoint.pt")
+
+
+def trainer_of(flags: list[str]) -> Trainer:
+    config = parse(flags)
+    return Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_and_resumes_bitwise(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupted run draws, scales and selects from where it was, as one that went through."""
+    flags = [*TINY, *METHODS[method]]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert main([*flags, "--out", str(whole)]) == 0
+    said = capsys.readouterr().out
+    assert ("p = 0.5 uniform" in said) == ("--drop-prob" in flags)
+    assert ("meprop_conv2d (" in said) == ("--meprop-ratio" in flags)
+    assert ("unscale, sgd_step" in said) == ("--precision" in flags)
+
+    save, module = checkpoint.save, sys.modules["main"]
+
+    def stops(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.checkpoint, "save", stops)
+        with pytest.raises(KeyboardInterrupt):
+            main([*flags, "--out", str(halved)])
+    assert state_of(halved)["epoch"] == 1
+    assert main([*flags, "--out", str(halved)]) == 0
+    a, b = state_of(whole), state_of(halved)
+    for name, t in a["model"].items():
+        assert torch.equal(t, b["model"][name]), name
+    assert a["scaler"] == b["scaler"]
+    for key, values in a["optimizer"]["state"].items():
+        for name, t in values.items():
+            assert torch.equal(t, b["optimizer"]["state"][key][name]), (key, name)
+
+
+def test_methods_change_what_is_learnt(tmp_path: Path) -> None:
+    """A flag that did nothing would leave the plain run's weights."""
+    seen = {}
+    for method in ("plain", "batch", "row", "subset", "meprop", "meprop row"):
+        assert main([*TINY, *METHODS.get(method, []), "--out", str(tmp_path / method)]) == 0
+        seen[method] = state_of(tmp_path / method)["model"]["fc.weight"]
+    assert len({t.numpy().tobytes() for t in seen.values()}) == len(seen)
+
+
+def test_the_schedules_of_stochastic_depth() -> None:
+    for schedule, wanted in (("uniform", [0.6] * 6), ("linear", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])):
+        flags = ["--drop-prob", "0.6", "--drop-schedule", schedule]
+        units: Any = trainer_of([*TINY, *flags]).model.units
+        assert [unit.drop.p for unit in units] == pytest.approx(wanted)
+
+
+def test_meprop_keeps_the_last_layer_dense() -> None:
+    model = trainer_of([*TINY, "--meprop-ratio", "0.25"]).model
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if hasattr(m, "weight")}
+    assert kinds["fc"] == "Linear"
+    convolutions = {kind for name, kind in kinds.items() if "conv" in name or name == "stem"}
+    assert convolutions == {"MePropConv2d"}
+
+
+def test_an_overflow_is_skipped_and_recovered_from() -> None:
+    """The scale is set so high that fp16 gradients overflow, and comes down by itself."""
+    trainer = trainer_of([*TINY, "--precision", "fp16"])
+    trainer.network.train()
+    index = torch.arange(12)
+    trainer.train_step(index, 0)
+    scaler: Any = trainer.scaler
+    scaler.update(new_scale=2.0**40)
+    before = {n: t.clone() for n, t in trainer.model.state_dict().items()}
+    momentum = [s["momentum_buffer"].clone() for s in trainer.optimizer.state.values()]
+    _, stepped = trainer.train_step(index, 1)
+    assert stepped is not None and not stepped
+    # Running statistics and their counters too.
+    for name, t in trainer.model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+    for t, s in zip(momentum, trainer.optimizer.state.values(), strict=True):
+        assert torch.equal(t, s["momentum_buffer"])
+    assert scaler.get_scale() == 2.0**39 and int(scaler.skipped_in_a_row) == 1
+    for step in range(2, 40):
+        _, stepped = trainer.train_step(index, step)
+        assert stepped is not None
+        if stepped:
+            break
+    assert stepped and int(scaler.skipped_in_a_row) == 0
+    assert not torch.equal(trainer.model.fc.weight, before["fc.weight"])
+
+
+def test_nothing_but_overflows_stops_the_run_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gradients that are NaN whatever the scale."""
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * torch.nan))
+    flags = [*TINY, "--precision", "fp16", "--epochs", "9", "--max-skipped-steps", "6"]
+    assert main([*flags, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "steps in a row were skipped" in said
+    assert "--precision fp16" in said and "--lr" in said
+    # Six of four steps an epoch: in the second, whose record is not written.
+    assert state_of(tmp_path)["epoch"] == 1
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["skipped_steps"] == 4 and record["loss_scale"] == 2.0**12
+    weight = state_of(tmp_path)["model"]["fc.weight"]
+    assert torch.equal(weight, trainer_of(flags).model.fc.weight)
+
+
+def test_weights_of_another_precision_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, "--epochs", "1", "--out", str(tmp_path)]
+    assert main([*flags, "--precision", "pure-fp16"]) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert main([*flags, "--precision", "fp16"]) == 1
+    said = capsys.readouterr().err
+    assert "--precision pure-fp16" in said and "--precision fp16" in said
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
