@@ -1,6 +1,6 @@
 """Everything there is to know of one GPU, by one command in under 8 minutes, as one JSON.
 
-    python benchmarks/gpu_suite.py [--folder DIR] [--out FILE]
+    python benchmarks/gpu_suite.py [--folder DIR] [--part NAME ...] [--out FILE]
 
 Runs the gpu tests, times each op forward and backward, times the whole training step, and trains a
 few epochs on a folder data set (a small one is drawn where --folder names none). The file is
@@ -16,17 +16,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bench_augment
 import bench_batch_norm_relu
+import bench_cast
+import bench_meprop_conv2d
+import bench_meprop_linear
+import bench_sgd_step
 import bench_step
+import bench_stochastic_depth_add
+import bench_stochastic_depth_unit
+import bench_unscale
 import torch
 from _environment import environment
 from _timing import Clock
 
 _ROOT = Path(__file__).parent.parent
+_TRAININGS = {
+    "fused": ["--fused"],
+    "plain": ["--no-fused"],
+    # "row" and "subset" alone launch stochastic depth's kernels; "batch" leaves them out.
+    "every op": ["--fused", "--drop-prob", "0.5", "--drop-mode", "subset", "--meprop-ratio", "0.5"],
+}
 
 
 def gpu_tests(small: bool, clock: Clock) -> dict[str, Any]:
@@ -60,7 +74,7 @@ def run_part(command: list[str], clock: Clock, most: float) -> dict[str, Any]:
 
 
 def training(small: bool, device: torch.device, folder: Path | None, clock: Clock) -> Any:
-    """A few epochs of train/main.py, fused and plain with one seed, on a folder data set."""
+    """A few epochs of train/main.py with one seed on a folder data set: plain, fused, every op."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
@@ -72,16 +86,16 @@ def training(small: bool, device: torch.device, folder: Path | None, clock: Cloc
             flags += ["--epochs", "1", "--depth", "8", "--width", "4", "--batch-size", "16"]
         else:
             flags += ["--epochs", "5", "--schedule", "cosine", "--precision", "fp16"]
-        for fused in ("--fused", "--no-fused"):
-            out = scratch / fused.strip("-")
-            command = [sys.executable, str(_ROOT / "train" / "main.py"), *flags, fused]
-            results[fused] = run_part([*command, "--out", str(out)], clock, most=100)
-            if results[fused]["exit_status"] == 0:
-                results[fused]["epochs"] = [
+        for name, chosen in _TRAININGS.items():
+            out = scratch / name
+            command = [sys.executable, str(_ROOT / "train" / "main.py"), *flags, *chosen]
+            results[name] = run_part([*command, "--out", str(out)], clock, most=80)
+            if results[name]["exit_status"] == 0:
+                results[name]["epochs"] = [
                     json.loads(line) for line in (out / "metrics.jsonl").open()
                 ]
-                results[fused]["summary"] = json.loads((out / "summary.json").read_text())
-            print(f"training {fused}:", *results[fused]["output"][-5:], sep="\n  ", flush=True)
+                results[name]["summary"] = json.loads((out / "summary.json").read_text())
+            print(f"training {name}:", *results[name]["output"][-5:], sep="\n  ", flush=True)
     return results
 
 
@@ -103,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
     parser.add_argument("--folder", type=Path, help="class folders with train/ and test/")
+    parser.add_argument("--part", nargs="+", help="only these: tests, step, training, an op's name")
     parser.add_argument("--minutes", type=float, default=7.5, help="measure no more after these")
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-GPU.json)")
     args = parser.parse_args()
@@ -119,16 +134,37 @@ def main() -> int:
     seconds = 0.01 if args.small else 0.05
     batch_sizes, step_seconds = ([16], 0.01) if args.small else ([128, 1024], 1.0)
     model = {"depth": 8, "width": 4} if args.small else {"depth": 20, "width": 16}
-    # The op's long sweep comes last, and takes what time is left.
+    # Of an op's figures a part takes all or nothing; the long sweep comes last.
+    ops: dict[str, Callable[[torch.device, bool, float], Any]] = {
+        "augment": bench_augment.bench,
+        "stochastic_depth_add": bench_stochastic_depth_add.bench,
+        "unscale": bench_unscale.bench,
+        "cast": bench_cast.bench,
+        "sgd_step": bench_sgd_step.bench,
+        "meprop_linear": bench_meprop_linear.bench,
+        "meprop_conv2d": bench_meprop_conv2d.bench,
+    }
     parts: dict[str, Callable[[], Any]] = {
         "tests": lambda: gpu_tests(args.small, clock),
         "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, clock, **model),
         "training": lambda: training(args.small, device, args.folder, clock),
-        "augment": lambda: bench_augment.bench(device, args.small, seconds),
+        "stochastic_depth_unit": lambda: bench_stochastic_depth_unit.bench(
+            device, args.small, *((2, 8) if args.small else (30, 56)), p=0.5
+        ),
+        **{name: partial(op, device, args.small, seconds) for name, op in ops.items()},
         "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
     }
     failures: list[str] = []
+    unknown = set(args.part or ()) - set(parts)
+    if unknown:
+        parser.error(f"--part {' '.join(sorted(unknown))}: expected some of {' '.join(parts)}")
     for part, run in parts.items():
+        if args.part and part not in args.part:
+            continue
+        # A part that has not begun in time is named; the long ones look at the clock themselves.
+        if part in ops and not clock.has(15, part):
+            results[part] = {"skipped": "out of time"}
+            continue
         print(f"--- {part}", flush=True)
         started = time.perf_counter()
         try:
