@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tolerances import MODEL_RELATIVE
 
 from fastres.models import ResNet
-from fastres.ops import BatchNormReLU2d
+from fastres.ops import BatchNormReLU2d, MePropConv2d, StepGenerator, _register
 
 
 @pytest.mark.parametrize(
@@ -31,31 +31,55 @@ def test_parameters_of_the_literature(depth: int, shortcut: Any, parameters: flo
 
 @pytest.mark.parametrize("block", ["preact", "postact"])
 @pytest.mark.parametrize("shortcut", ["A", "B"])
-@pytest.mark.parametrize("training", [True, False])
-def test_fused_is_plain(block: Any, shortcut: Any, training: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("training", "drop_mode"),
+    [(True, None), (False, None), (True, "batch"), (True, "row"), (True, "subset")],
+)
+def test_fused_is_plain(
+    block: Any,
+    shortcut: Any,
+    training: bool,
+    drop_mode: Any,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
-    fused = ResNet(8, 4, block, shortcut, num_classes=5, fused=True).to(device)
-    plain = ResNet(8, 4, block, shortcut, num_classes=5, fused=False).to(device)
+    drop = {} if drop_mode is None else {"drop_prob": 0.6, "drop_mode": drop_mode}
+    fused = ResNet(8, 4, block, shortcut, num_classes=5, fused=True, **drop).to(device)
+    plain = ResNet(8, 4, block, shortcut, num_classes=5, fused=False, **drop).to(device)
     assert list(fused.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(fused.state_dict())
     assert any(isinstance(m, BatchNormReLU2d) for m in fused.modules())
     assert not any(isinstance(m, BatchNormReLU2d) for m in plain.modules())
     exact = copy.deepcopy(plain).double()
-    x = torch.randn(4, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    target = torch.arange(4, device=device)
+    # "subset" leaves half of them to a BatchNorm.
+    x = torch.randn(8, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    target = torch.arange(8, device=device) % 5
 
     def run(model: ResNet, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = x.detach().requires_grad_()
+        draws = StepGenerator(seed=5)
+        model.draw_from(draws)
+        draws.set_step(1)
         y = model.train(training)(x)
-        F.cross_entropy(y, target).backward()
+        F.cross_entropy(y, target.to(y.device)).backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return {"y": y.detach(), "x": x.grad, **grads, **dict(model.named_buffers())}
 
-    results = run(fused, x), run(plain, x), run(exact, x.double())
+    results = [run(fused, x)]
+    if device == "cpu":
+        monkeypatch.setattr(_register, "INTERPRET", False)  # the plain model has no kernels
+        results += [run(plain, x), run(exact, x.double())]
+    else:
+        exact.cpu()
+        results += [run(plain, x), run(exact, x.cpu().double())]
     assert results[0].keys() == results[2].keys()
     for name, wanted in results[2].items():
         scale = wanted.abs().max().clamp_min(1e-3)  # some gradients are zero but for rounding
-        errors = [float((r[name].double() - wanted).abs().max() / scale) for r in results[:2]]
+        errors = [
+            float((r[name].double().to(wanted.device) - wanted).abs().max() / scale)
+            for r in results[:2]
+        ]
         assert errors[0] <= max(2 * errors[1], MODEL_RELATIVE), (name, errors)
 
 
@@ -68,6 +92,10 @@ def test_fused_is_plain(block: Any, shortcut: Any, training: bool, device: str) 
         ({"shortcut": "C"}, "'A' or 'B', got 'C'"),
         ({"width": 0}, "got 0 and 10"),
         ({"num_classes": 0}, "got 16 and 0"),
+        ({"drop_prob": 1.5}, "0 <= p <= 1, got 1.5"),
+        ({"drop_mode": "each"}, "'subset', got 'each'"),
+        ({"drop_schedule": "log"}, "'linear', got 'log'"),
+        ({"meprop_ratio": 0.0}, "got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -87,3 +115,34 @@ def test_shortcuts_are_those_of_the_papers() -> None:
         torch.testing.assert_close(way, sliced if projected is None else projected)
         branch = unit.conv2(F.relu(F.batch_norm(unit.conv1(a), None, None, training=True)))
         torch.testing.assert_close(unit(x), branch + way)
+
+
+@pytest.mark.parametrize("drop_mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("block", ["preact", "postact"])
+def test_a_dropped_unit_passes_its_shortcut_and_zero_gradients(
+    block: Any, drop_mode: Any, device: str
+) -> None:
+    """With p = 1 nothing but the stem, the shortcuts, their BatchNorms and the head is left."""
+    model = ResNet(8, 4, block, num_classes=5, drop_prob=1.0, drop_mode=drop_mode)
+    model = model.to(device)
+    for unit in model.units:
+        unit.drop.p = 1.0  # of the linear schedule the last alone has it
+    x = torch.randn(4, 3, 8, 8, device=device)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        # A shape-changing pre-activation unit's shortcut reads what bn1 gives.
+        branch = any(part in name for part in ("conv1", "conv2", "bn2"))
+        branch |= "bn1" in name and (block == "postact" or name.startswith("units.0"))
+        assert bool((p.grad == 0).all()) == branch, name
+    if drop_mode == "batch":
+        counters = [b for n, b in model.named_buffers() if "bn2.num_batches" in n]
+        assert counters and not any(counters)
+
+
+def test_meprop_takes_every_convolution_and_the_same_weights() -> None:
+    plain, sparse = ResNet(8, 4), ResNet(8, 4, meprop_ratio=0.5, meprop_mode="row")
+    sparse.load_state_dict(plain.state_dict())
+    kinds = [m for m in sparse.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(kinds) == 9 and all(isinstance(m, MePropConv2d) for m in kinds)
+    assert {(m.ratio, m.mode) for m in kinds if isinstance(m, MePropConv2d)} == {(0.5, "row")}
