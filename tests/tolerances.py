@@ -33,9 +33,9 @@ GRADCHECK_ATOL = 1e-5
 COMPILED_ATOL = 1e-5
 
 # The fused model against the plain one, relative to fp64: twice the plain model's own error (see
-# TIMES_TORCH), or this, since with a batch of a few tiny images both are off by little else than
-# luck; it is a few dozen fp32 epsilons, for eight layers in a row.
-MODEL_RELATIVE = 5e-6
+# TIMES_TORCH), or this, since with a batch of a few tiny images, some of them dropped, both are off
+# by little else than luck (72 models drawn at random: up to 6.7e-6 the one, 3.4e-6 the other).
+MODEL_RELATIVE = 2e-5
 
 # Weights after four steps by several processes and by one: the same sums but for the order in
 # which gloo adds the processes' gradients, which four BatchNorm-amplified steps carry on.
