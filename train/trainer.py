@@ -148,7 +148,6 @@ class Trainer:
             else torch.optim.SGD(self.model.parameters(), **sgd, fused=True)
         )
         self.scaler = LossScaler(enabled=self.half == torch.float16)
-        self.scaler.watch(self.model)
         self.epoch = 0
         self.network: nn.Module = self.model
         if workers.world_size > 1:
@@ -160,6 +159,8 @@ class Trainer:
                 **_KEEP_BUFFERS,
             )
             self._settle_buckets()
+        # From here on: what it puts back must not be older than a checkpoint that is loaded next.
+        self.scaler.watch(self.model)
 
     def _settle_buckets(self) -> None:
         """Two steps that change nothing, so that DDP's regrouping of gradients is behind us.

@@ -1,5 +1,6 @@
 """Stochastic depth, meProp and loss scaling in the training program, in one process."""
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -112,12 +113,16 @@ def test_meprop_keeps_the_last_layer_dense() -> None:
 
 def test_an_overflow_is_skipped_and_recovered_from() -> None:
     """The scale is set so high that fp16 gradients overflow, and comes down by itself."""
-    trainer = trainer_of([*TINY, "--precision", "fp16"])
-    trainer.network.train()
     index = torch.arange(12)
-    trainer.train_step(index, 0)
+    first = trainer_of([*TINY, "--precision", "fp16"])
+    first.network.train()
+    first.train_step(index, 0)
+    # Resumed, so that what it goes back to are the loaded statistics.
+    trainer = trainer_of([*TINY, "--precision", "fp16"])
+    trainer.load_state_dict(copy.deepcopy(first.state_dict()))
+    trainer.network.train()
     scaler: Any = trainer.scaler
-    scaler.update(new_scale=2.0**40)
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**40})
     before = {n: t.clone() for n, t in trainer.model.state_dict().items()}
     momentum = [s["momentum_buffer"].clone() for s in trainer.optimizer.state.values()]
     _, stepped = trainer.train_step(index, 1)
