@@ -12,7 +12,7 @@ def shapes(depth: int) -> list[tuple[int, ...]]:
 
 
 def gradients(depth: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor for each parameter: convolutions' in dtype, vectors in fp32, as a model has them."""
+    """One tensor for each parameter: vectors in fp32, all else in dtype."""
     return [
         torch.randn(shape, device=device).to(dtype if len(shape) > 1 else torch.float32)
         for shape in shapes(depth)

@@ -115,7 +115,7 @@ class LossScaler:
             return outputs * self._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, Iterable):
             scaled = map(self._scaled, outputs)
-            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled  # type: ignore[call-arg]  # a list's or a tuple's
+            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
         raise ValueError(
             f"outputs must be a Tensor or an iterable of Tensors, got {type(outputs).__name__}"
         )
@@ -183,9 +183,7 @@ class LossScaler:
             raise RuntimeError("unscale_() is being called after step(): call it before.")
         grads, out = _gradients(optimizer)
         device = _device_of(grads, scale)
-        found_inf, total = unscale(
-            grads, scale.to(device, non_blocking=True), out=out, norm=norm
-        )
+        found_inf, total = unscale(grads, scale.to(device, non_blocking=True), out=out, norm=norm)
         progress.found_inf = found_inf
         progress.stage = "unscaled"
         return total
@@ -246,7 +244,7 @@ class LossScaler:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """found_inf, and optimizer.step(), which finds the scale and found_inf where GradScaler puts them."""
+        """Let optimizer.step() find the scale and found_inf as its attributes; return found_inf."""
         # What the user left there counts as a part of the scale, as with GradScaler.
         given = getattr(optimizer, "grad_scale", None)
         if progress.stage == "ready":

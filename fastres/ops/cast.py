@@ -58,8 +58,6 @@ def _check(source: Tensor, out: Tensor) -> None:
             f"{list(out.shape)} on {out.device}"
         )
     if source.stride() != out.stride() and not (source.is_contiguous() and out.is_contiguous()):
-        raise ValueError(
-            f"out: expected source's strides {source.stride()}, got {out.stride()}"
-        )
+        raise ValueError(f"out: expected source's strides {source.stride()}, got {out.stride()}")
     if not is_dense(source):
         raise ValueError(f"source: expected dense in memory, got stride {source.stride()}")

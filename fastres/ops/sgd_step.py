@@ -126,8 +126,8 @@ def sgd_step(
     p -= lr * (g + momentum * m if nesterov else m);   half = p
 
     A step with found_inf set leaves every buffer bitwise as it is, and nothing waits for the device
-    to tell. A parameter without a gradient is left as it is. The elements between parameters, to the
-    next multiple of 16, must be zeros, and stay so.
+    to tell. A parameter without a gradient is left as it is. The elements between parameters, to
+    the next multiple of 16, must be zeros, and stay so.
 
     Args:
         grads: a gradient for each parameter, fp32, fp16 or bf16, dense in memory in the order of
@@ -153,7 +153,7 @@ def sgd_step(
         step_flat(grads, sizes, offsets, param, buffer, half, *settings)
         return
     # All views in one call: a parameter's part of the buffer, then what is between it and the next.
-    ends = [*offsets[1:], total]
+    ends = [*offsets, total][1:]
     spans = zip(sizes, offsets, ends, strict=True)
     parts = [n for size, offset, end in spans for n in (size, end - offset - size)]
 
@@ -182,9 +182,12 @@ def step_flat(
     """sgd_step for checked arguments, by the kernel."""
     device = param.device
     number, tensor = _learning_rate(lr, device)
+    grad_scale, found_inf = (
+        None if t is None else _scalar(t, device) for t in (grad_scale, found_inf)
+    )
     torch.ops.fastres.sgd_step.default(
         grads, sizes, offsets, param, momentum_buffer, half, number, tensor, momentum,
-        weight_decay, nesterov, maximize, _scalar(grad_scale, device), _scalar(found_inf, device),
+        weight_decay, nesterov, maximize, grad_scale, found_inf,
     )  # fmt: skip
 
 
@@ -209,7 +212,8 @@ def step_each(
     if not present:
         return
     device = params[0].device
-    found_inf = _scalar(found_inf, device)
+    if found_inf is not None:
+        found_inf = _scalar(found_inf, device).ne(0).float()  # PyTorch's skips at 1 alone
     number, tensor = _learning_rate(lr, device)
     stepped = [params[i] for i in present]
     torch._fused_sgd_(
@@ -218,12 +222,12 @@ def step_each(
         [] if momentum_buffers is None else [momentum_buffers[i] for i in present],
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=number if tensor is None else tensor,  # type: ignore[arg-type]  # two overloads
+        lr=number if tensor is None else tensor,
         dampening=0.0,
         nesterov=nesterov,
         maximize=maximize,
         is_first_step=False,
-        grad_scale=_scalar(grad_scale, device),
+        grad_scale=None if grad_scale is None else _scalar(grad_scale, device),
         found_inf=found_inf,
     )
     if halves is not None:
@@ -240,8 +244,8 @@ def _learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Ten
     return 0.0, lr.to(device, non_blocking=True)
 
 
-def _scalar(t: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if t is None else t.to(device, torch.float32, non_blocking=True)
+def _scalar(t: Tensor, device: torch.device) -> Tensor:
+    return t.to(device, torch.float32, non_blocking=True)
 
 
 def _check(

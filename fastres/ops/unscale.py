@@ -95,16 +95,20 @@ def unscale(
 def _divide(
     grads: Sequence[Tensor | None], out: Sequence[Tensor | None] | None, write: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients that are only read, where these go (nowhere: none), and those that are overwritten."""
+    """Gradients to read, where these go (nowhere: none), and gradients to overwrite."""
     if not write:
         return [grad for grad in grads if grad is not None], [], []
     if out is None:
         return [], [], [grad for grad in grads if grad is not None]
-    read, outs, in_place = [], [], []
+    read: list[Tensor] = []
+    outs: list[Tensor] = []
+    in_place: list[Tensor] = []
     for grad, target in zip(grads, out, strict=True):
-        if grad is target is not None:
+        if grad is None or target is None:
+            continue
+        if grad is target:
             in_place.append(grad)
-        elif grad is not None and target is not None:
+        else:
             read.append(grad)
             outs.append(target)
     return read, outs, in_place

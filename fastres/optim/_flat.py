@@ -1,4 +1,4 @@
-"""Parameters of one dtype and device in one flat buffer, with momentum and half copies beside it."""
+"""Parameters in one flat buffer, with momentum, fp32 masters or half copies beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -112,7 +112,9 @@ class FlatParameters:
             found.append(None if grad is None else like(grad, view))
         return found, unscaled
 
-    def step(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def step(
+        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """Take FusedSGD's step with a group's settings, unless found_inf is set."""
         self.check()
         self.refresh()

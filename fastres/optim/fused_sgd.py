@@ -84,7 +84,7 @@ class FusedSGD(torch.optim.Optimizer):
         self._show_masters(self._flat[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; with found_inf set (see LossScaler), none.
 
         Args:
