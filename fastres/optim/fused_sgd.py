@@ -67,7 +67,7 @@ class FusedSGD(torch.optim.Optimizer):
             # For torch.optim.SGD, when it loads this state.
             "foreach": None,
             "differentiable": False,
-            "fused": True,
+            "fused": None,
         }
         super().__init__(params, defaults)
 
