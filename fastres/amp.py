@@ -301,8 +301,8 @@ class LossScaler:
         """Undo what a skipped step's batches did to BatchNorm's running statistics and counters.
 
         At the first forward in training since the last update they are copied; `step` puts the
-        copies back, decided on the device, bitwise, if it did not step. Statistics become views of
-        a flat buffer. With several optimizers, any of them that skips puts them back.
+        copies back, decided on the device, bitwise, if it did not step. With several optimizers,
+        any of them that skips puts them back.
 
         Args:
             model: watched with all its modules; before torch.compile, and the module itself rather

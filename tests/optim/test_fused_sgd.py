@@ -84,8 +84,9 @@ def test_steps_as_torch_does(path: None, device: str, data: st.DataObject) -> No
 
 def test_groups_of_their_own_settings_and_a_schedule(path: None, device: str) -> None:
     """Groups, one added later, a learning rate that a scheduler changes, one that is a tensor."""
-    results = []
-    for make in (FusedSGD, torch.optim.SGD):
+    results: list[list[Any]] = []
+    makes: list[Any] = [FusedSGD, torch.optim.SGD]
+    for make in makes:
         params = parameters(device)
         optimizer: torch.optim.Optimizer = make(
             [{"params": params[:2]}, {"params": params[2:4], "weight_decay": 0.0, "momentum": 0.5}],
@@ -98,14 +99,14 @@ def test_groups_of_their_own_settings_and_a_schedule(path: None, device: str) ->
             optimizer.step()
             schedule.step()
         results.append(params)
-    assert_close(*results, 4)
+    assert_close(results[0], results[1], 4)
 
 
 def test_trains_a_channels_last_model_as_torch_does(path: None, device: str) -> None:
     def trained(make: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device).to(memory_format=torch.channels_last)
         optimizer = make(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
         x = torch.randn(4, 3, 6, 6, device=device)
         for _ in range(3):
@@ -263,7 +264,7 @@ def test_zero_grad_and_closures(path: None, device: str) -> None:
 
 
 def test_autograd_notices_a_step(path: None, device: str) -> None:
-    """As after any in-place op: a backward through the old value is an error, not a wrong number."""
+    """As after any in-place op: a backward through the old value is an error."""
     p = nn.Parameter(torch.ones(3, device=device))
     optimizer = FusedSGD([p], lr=0.1)
     loss = p.square().sum()
@@ -277,7 +278,9 @@ def test_moved_parameters_are_noticed(path: None, device: str) -> None:
     model = nn.Linear(3, 2, device=device)
     optimizer = FusedSGD(model.parameters(), lr=0.1)
     model.weight.data = model.weight.data.clone()
-    with pytest.raises(RuntimeError, match=r"shape \[2, 3\] is no longer in the optimizer's buffer"):
+    with pytest.raises(
+        RuntimeError, match=r"shape \[2, 3\] is no longer in the optimizer's buffer"
+    ):
         optimizer.step()
 
 
@@ -298,7 +301,10 @@ def _wrong() -> list[tuple[dict[str, Any], str]]:
         ({"weight_decay": -0.1}, "weight_decay: expected weight_decay >= 0, got -0.1"),
         ({"dampening": 0.5}, "dampening: FusedSGD has none, got 0.5: use torch.optim.SGD"),
         ({"nesterov": True}, "nesterov: needs a momentum, got momentum=0"),
-        ({"params": [torch.ones(2).double()]}, "expected parameters of one of .*, got torch.float64"),
+        (
+            {"params": [torch.ones(2).double()]},
+            "expected parameters of one of .*, got torch.float64",
+        ),
         ({"params": [torch.ones(2, dtype=torch.int32)]}, "expected parameters .*, got torch.int32"),
         ({"params": [torch.ones(2) + 0j]}, "expected parameters of one of .*, got torch.complex64"),
         ({"params": [base[:3], base[:2]]}, "shares its memory with another"),
