@@ -19,12 +19,15 @@ class _Alike:
     from the counter, torch.compile refuses them.
     """
 
-    numbers: list[int]
+    owners: list[tuple[nn.Module, str]]
     copies: list[Tensor]
     was: Tensor
     now: Tensor
     was_views: list[Tensor]
     now_views: list[Tensor]
+
+    def statistics(self) -> list[Tensor]:
+        return [getattr(owner, name) for owner, name in self.owners]
 
 
 class WatchedStatistics:
@@ -58,16 +61,12 @@ class WatchedStatistics:
         if self._open:
             return  # no forward in training since: nothing changed
         for group in self._groups:
-            statistics = self._statistics(group)
+            statistics = group.statistics()
             overflowed = found_inf.to(group.now.device, non_blocking=True) != 0
             torch._foreach_copy_(group.was_views, group.copies)
             torch._foreach_copy_(group.now_views, statistics)
             group.now.copy_(torch.where(overflowed, group.was, group.now))
             torch._foreach_copy_(statistics, group.now_views)
-
-    def _statistics(self, group: _Alike) -> list[Tensor]:
-        owners = [self._owners[i] for i in group.numbers]
-        return [b for owner, name in owners if (b := owner._buffers[name]) is not None]
 
     @torch.no_grad()
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -77,29 +76,27 @@ class WatchedStatistics:
         if not self._fits():
             self._prepare()  # model.to(...) made other ones
         for group in self._groups:
-            torch._foreach_copy_(group.copies, self._statistics(group))
+            torch._foreach_copy_(group.copies, group.statistics())
 
     def _fits(self) -> bool:
-        return all(
-            b.dtype == copy.dtype and b.device == copy.device
-            for group in self._groups
-            for b, copy in zip(self._statistics(group), group.copies, strict=True)
-        )
+        for group in self._groups:
+            for statistic, copy in zip(group.statistics(), group.copies, strict=True):
+                if statistic.dtype != copy.dtype or statistic.device != copy.device:
+                    return False
+        return True
 
     def _prepare(self) -> None:
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i, (owner, name) in enumerate(self._owners):
-            statistic = owner._buffers[name]
-            assert statistic is not None
-            groups.setdefault((statistic.dtype, statistic.device), []).append(i)
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[nn.Module, str]]] = {}
+        for owner, name in self._owners:
+            statistic = getattr(owner, name)
+            groups.setdefault((statistic.dtype, statistic.device), []).append((owner, name))
         self._groups = []
-        for (dtype, device), numbers in groups.items():
-            found = [self._owners[i][0]._buffers[self._owners[i][1]] for i in numbers]
-            copies = [torch.empty_like(b) for b in found if b is not None]
+        for (dtype, device), owners in groups.items():
+            copies = [torch.empty_like(getattr(owner, name)) for owner, name in owners]
             sizes = [copy.numel() for copy in copies]
             was, now = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(2))
             was_views, now_views = (
                 [part.view(copy.shape) for part, copy in zip(v.split(sizes), copies, strict=True)]
                 for v in (was, now)
             )
-            self._groups.append(_Alike(numbers, copies, was, now, was_views, now_views))
+            self._groups.append(_Alike(owners, copies, was, now, was_views, now_views))
