@@ -162,8 +162,9 @@ def sgd_step_variants(dtype: torch.dtype) -> list[Variant]:
     sizes, offsets, flat = [36_864, 64, 64], [0, 36_864, 36_928], _empty((36_992,), torch.float32)
     one = _empty((), torch.float32)
     half = _empty((36_992,), torch.float16 if dtype == torch.float32 else dtype)
+    rates: tuple[float | torch.Tensor, ...] = (0.1, one)
     for buffer, copy, nesterov, guards, lr in itertools.product(
-        (flat, None), (half, None), (True, False), ((one, one), (None, None)), (0.1, one)
+        (flat, None), (half, None), (True, False), ((one, one), (None, None)), rates
     ):
         if nesterov and buffer is None:
             continue

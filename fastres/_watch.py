@@ -1,18 +1,37 @@
 """BatchNorm's running statistics, copied before a step's batches and put back if it is skipped."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-# Statistics begin at multiples of so many elements, aligned for 128-bit accesses.
-_ALIGNMENT = 16
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
+@dataclass
+class _Alike:
+    """Statistics of one dtype and device: their copies, and both flat to be chosen from at once.
+
+    The statistics themselves stay tensors of their own. As views of one buffer they would share a
+    version counter, and the backward of one BatchNorm would forbid the update of the next; cut
+    from the counter, torch.compile refuses them.
+    """
+
+    owners: list[tuple[nn.Module, str]]
+    copies: list[Tensor]
+    was: Tensor
+    now: Tensor
+    was_views: list[Tensor]
+    now_views: list[Tensor]
+
+    def statistics(self) -> list[Tensor]:
+        return [getattr(owner, name) for owner, name in self.owners]
+
+
 class WatchedStatistics:
-    """The running statistics and counters of a model, flat: few launches copy all of them.
+    """The running statistics and counters of a model, copied and put back in a few launches.
 
     Attributes:
         model: the model, whose forward in training copies the statistics once after each `open`.
@@ -28,10 +47,8 @@ class WatchedStatistics:
             if module._buffers.get(name) is not None
         ]
         self._open = True
-        self._views: list[Tensor] = []
-        self._flat: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._gather()
+        self._groups: list[_Alike] = []
+        self._prepare()
         model.register_forward_pre_hook(self._before_forward)
 
     def open(self) -> None:
@@ -43,43 +60,43 @@ class WatchedStatistics:
         """Put the copies back where found_inf is set, bitwise, decided on the device."""
         if self._open:
             return  # no forward in training since: nothing changed
-        for flat, copy in zip(self._flat, self._copies, strict=True):
-            overflowed = found_inf.to(flat.device, non_blocking=True) != 0
-            flat.copy_(torch.where(overflowed, copy, flat))
+        for group in self._groups:
+            statistics = group.statistics()
+            overflowed = found_inf.to(group.now.device, non_blocking=True) != 0
+            torch._foreach_copy_(group.was_views, group.copies)
+            torch._foreach_copy_(group.now_views, statistics)
+            group.now.copy_(torch.where(overflowed, group.was, group.now))
+            torch._foreach_copy_(statistics, group.now_views)
 
     @torch.no_grad()
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not (self._open and module.training):
             return
         self._open = False
-        if any(
-            owner._buffers[name] is not view
-            for (owner, name), view in zip(self._owners, self._views, strict=True)
-        ):
-            self._gather()  # model.to(...) made new ones
-        for flat, copy in zip(self._flat, self._copies, strict=True):
-            copy.copy_(flat)
+        if not self._fits():
+            self._prepare()  # model.to(...) made other ones
+        for group in self._groups:
+            torch._foreach_copy_(group.copies, group.statistics())
 
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Make the statistics views of one flat buffer for each dtype and device."""
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        found = [owner._buffers[name] for owner, name in self._owners]
-        self._views = [b for b in found if b is not None]
-        for i, buffer in enumerate(self._views):
-            groups.setdefault((buffer.dtype, buffer.device), []).append(i)
-        self._flat = []
-        for (dtype, device), numbers in groups.items():
-            starts, total = [], 0
-            for i in numbers:
-                starts.append(total)
-                total += -(-self._views[i].numel() // _ALIGNMENT) * _ALIGNMENT
-            flat = torch.zeros(total, dtype=dtype, device=device)
-            for i, start in zip(numbers, starts, strict=True):
-                buffer = self._views[i]
-                view = flat[start : start + buffer.numel()].view(buffer.shape)
-                view.copy_(buffer)
-                owner, name = self._owners[i]
-                owner._buffers[name] = self._views[i] = view
-            self._flat.append(flat)
-        self._copies = [torch.empty_like(flat) for flat in self._flat]
+    def _fits(self) -> bool:
+        for group in self._groups:
+            for statistic, copy in zip(group.statistics(), group.copies, strict=True):
+                if statistic.dtype != copy.dtype or statistic.device != copy.device:
+                    return False
+        return True
+
+    def _prepare(self) -> None:
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[nn.Module, str]]] = {}
+        for owner, name in self._owners:
+            statistic = getattr(owner, name)
+            groups.setdefault((statistic.dtype, statistic.device), []).append((owner, name))
+        self._groups = []
+        for (dtype, device), owners in groups.items():
+            copies = [torch.empty_like(getattr(owner, name)) for owner, name in owners]
+            sizes = [copy.numel() for copy in copies]
+            was, now = (torch.zeros(sum(sizes), dtype=dtype, device=device) for _ in range(2))
+            was_views, now_views = (
+                [part.view(copy.shape) for part, copy in zip(v.split(sizes), copies, strict=True)]
+                for v in (was, now)
+            )
+            self._groups.append(_Alike(owners, copies, was, now, was_views, now_views))

@@ -10,7 +10,7 @@ Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ class _Progress:
     """How far an optimizer has come since the last update."""
 
     stage: str = "ready"  # then "unscaled", then "stepped"
-    found_inf: list[Tensor] = field(default_factory=list)
+    found_inf: Tensor | None = None
 
 
 class LossScaler:
@@ -115,7 +115,7 @@ class LossScaler:
             return outputs * self._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, Iterable):
             scaled = map(self._scaled, outputs)
-            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled  # type: ignore[call-arg]  # a list's or a tuple's
+            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
         raise ValueError(
             f"outputs must be a Tensor or an iterable of Tensors, got {type(outputs).__name__}"
         )
@@ -184,7 +184,7 @@ class LossScaler:
         grads, out = _gradients(optimizer)
         device = _device_of(grads, scale)
         found_inf, total = unscale(grads, scale.to(device, non_blocking=True), out=out, norm=norm)
-        progress.found_inf.append(found_inf)
+        progress.found_inf = found_inf
         progress.stage = "unscaled"
         return total
 
@@ -215,16 +215,23 @@ class LossScaler:
                 "step() has already been called since the last update(): call update() once an "
                 "iteration, after step()."
             )
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and _has_buffers(optimizer):
-            self._step_on_device(optimizer, progress, scale, *args, **kwargs)
+        if all(p.grad is None for p in _parameters(optimizer)):
+            raise AssertionError(
+                "No inf checks were recorded for this optimizer: none of its parameters has a "
+                "gradient. Call scaler.scale(loss).backward() before step()."
+            )
+        on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if on_device and _has_buffers(optimizer):
+            found_inf = self._step_on_device(optimizer, progress, scale, *args, **kwargs)
         else:
             if progress.stage == "ready":
                 self.unscale_(optimizer)
+            assert progress.found_inf is not None
+            found_inf = progress.found_inf
             # The one wait, as GradScaler's: such an optimizer is called or not called.
-            if not bool(progress.found_inf[0]):
+            if not bool(found_inf):
                 optimizer.step(*args, **kwargs)
         progress.stage = "stepped"
-        (found_inf,) = progress.found_inf
         for watched in self._watched:
             watched.restore(found_inf)
         return found_inf == 0
@@ -236,8 +243,8 @@ class LossScaler:
         scale: Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> None:
-        """optimizer.step(), which finds the scale and found_inf where GradScaler puts them."""
+    ) -> Tensor:
+        """Let optimizer.step() find the scale and found_inf as its attributes; return found_inf."""
         # What the user left there counts as a part of the scale, as with GradScaler.
         given = getattr(optimizer, "grad_scale", None)
         if progress.stage == "ready":
@@ -245,15 +252,15 @@ class LossScaler:
                 optimizer.drop_master_grads()
             grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
             scale = scale.to(_device_of(grads, scale), non_blocking=True)
-            found_inf, _ = unscale(grads, scale, write=False)
-            progress.found_inf.append(found_inf)
+            progress.found_inf, _ = unscale(grads, scale, write=False)
             given = scale if given is None else scale * given
-        optimizer.grad_scale = given
-        optimizer.found_inf = progress.found_inf[0]
+        assert progress.found_inf is not None
+        optimizer.grad_scale, optimizer.found_inf = given, progress.found_inf
         try:
             optimizer.step(*args, **kwargs)
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+        return progress.found_inf
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """End an iteration: back off if a step was skipped, grow after growth_interval clean ones.
@@ -267,9 +274,9 @@ class LossScaler:
             return
         scale, growth_tracker, skipped = self._started("update")
         found = [
-            t.to(scale.device, non_blocking=True)
-            for p in self._progress.values()
-            for t in p.found_inf
+            progress.found_inf.to(scale.device, non_blocking=True)
+            for progress in self._progress.values()
+            if progress.found_inf is not None
         ]
         if new_scale is not None:
             _set(scale, new_scale)
@@ -294,8 +301,8 @@ class LossScaler:
         """Undo what a skipped step's batches did to BatchNorm's running statistics and counters.
 
         At the first forward in training since the last update they are copied; `step` puts the
-        copies back, decided on the device, bitwise, if it did not step. Statistics become views of
-        a flat buffer. With several optimizers, any of them that skips puts them back.
+        copies back, decided on the device, bitwise, if it did not step. With several optimizers,
+        any of them that skips puts them back.
 
         Args:
             model: watched with all its modules; before torch.compile, and the module itself rather

@@ -45,15 +45,16 @@ def row(t: Tensor) -> Tensor:
 def check_grads(grads: Sequence[Tensor | None], device: torch.device) -> None:
     """Raise ValueError unless every gradient is dense (not sparse), floating and on the device."""
     for i, grad in enumerate(grads):
-        if grad is None:
+        if grad is None or (
+            grad.dtype in DTYPES and grad.device == device and grad.layout is torch.strided
+        ):
             continue
         if grad.layout != torch.strided:
             raise ValueError(
                 f"grads[{i}]: expected a dense gradient, got {grad.layout}: an embedding with "
                 "sparse=True makes such ones"
             )
-        if grad.dtype not in DTYPES or grad.device != device:
-            raise ValueError(
-                f"grads[{i}]: expected one of {list(DTYPES)} on {device}, got {grad.dtype} on "
-                f"{grad.device}"
-            )
+        raise ValueError(
+            f"grads[{i}]: expected one of {list(DTYPES)} on {device}, got {grad.dtype} on "
+            f"{grad.device}"
+        )

@@ -126,8 +126,8 @@ def sgd_step(
     p -= lr * (g + momentum * m if nesterov else m);   half = p
 
     A step with found_inf set leaves every buffer bitwise as it is, and nothing waits for the device
-    to tell. A parameter without a gradient is left as it is. The elements between parameters, to the
-    next multiple of 16, must be zeros, and stay so.
+    to tell. A parameter without a gradient is left as it is. The elements between parameters, to
+    the next multiple of 16, must be zeros, and stay so.
 
     Args:
         grads: a gradient for each parameter, fp32, fp16 or bf16, dense in memory in the order of
@@ -148,31 +148,30 @@ def sgd_step(
     offsets, total = flat_offsets(sizes)
     _check(grads, sizes, total, param, momentum_buffer, half, momentum, nesterov)
     buffer = momentum_buffer if momentum != 0 else None
-    device = param.device
-    if isinstance(lr, Tensor) and lr.device != device:
-        # A number that is on the CPU is there to be read; nothing waits for another device.
-        lr = float(lr) if lr.device.type == "cpu" else lr.to(device, non_blocking=True)
-    if grad_scale is not None:
-        grad_scale = grad_scale.to(device, torch.float32, non_blocking=True)
-    if found_inf is not None:
-        found_inf = found_inf.to(device, torch.float32, non_blocking=True)
-    lr_number, lr_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
-    step = torch.ops.fastres.sgd_step.default if takes_kernels(param) else _native
-    step(
-        list(grads), list(sizes), offsets, param, buffer, half, lr_number, lr_tensor, momentum,
-        weight_decay, nesterov, maximize, grad_scale, found_inf,
-    )  # fmt: skip
+    settings = lr, momentum, weight_decay, nesterov, maximize, grad_scale, found_inf
+    if takes_kernels(param):
+        step_flat(grads, sizes, offsets, param, buffer, half, *settings)
+        return
+    # All views in one call: a parameter's part of the buffer, then what is between it and the next.
+    ends = [*offsets, total][1:]
+    spans = zip(sizes, offsets, ends, strict=True)
+    parts = [n for size, offset, end in spans for n in (size, end - offset - size)]
+
+    def views(flat: Tensor | None) -> list[Tensor] | None:
+        return None if flat is None else list(flat.split_with_sizes(parts)[::2])
+
+    rows = [None if grad is None else row(grad) for grad in grads]
+    step_each(rows, views(param) or [], views(buffer), views(half), *settings)
 
 
-def _native(
-    grads: list[Tensor | None],
-    sizes: list[int],
-    offsets: list[int],
+def step_flat(
+    grads: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    offsets: Sequence[int],
     param: Tensor,
     momentum_buffer: Tensor | None,
     half: Tensor | None,
-    lr: float,
-    lr_tensor: Tensor | None,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
@@ -180,39 +179,73 @@ def _native(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The CPU's path: PyTorch's fused SGD over what the parameters have in the buffers."""
-    present = [i for i, grad in enumerate(grads) if grad is not None and sizes[i] > 0]
+    """sgd_step for checked arguments, by the kernel."""
+    device = param.device
+    number, tensor = _learning_rate(lr, device)
+    grad_scale, found_inf = (
+        None if t is None else _scalar(t, device) for t in (grad_scale, found_inf)
+    )
+    torch.ops.fastres.sgd_step.default(
+        grads, sizes, offsets, param, momentum_buffer, half, number, tensor, momentum,
+        weight_decay, nesterov, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+def step_each(
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    halves: Sequence[Tensor] | None,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """sgd_step for checked arguments, one tensor a parameter: the CPU's path.
+
+    PyTorch's fused SGD goes by storages, as the kernel does, and so leaves shapes and strides be.
+    """
+    present = [i for i, grad in enumerate(grads) if grad is not None and grad.numel() > 0]
     if not present:
         return
-    # All views in one call: a part of the buffer, then what is between it and the next.
-    ends = [*offsets[1:], param.numel()]
-    parts = [
-        n for size, o, end in zip(sizes, offsets, ends, strict=True) for n in (size, end - o - size)
-    ]
-
-    def views(flat: Tensor) -> list[Tensor]:
-        pieces = flat.split_with_sizes(parts)
-        return [pieces[2 * i] for i in present]
-
-    rows = [row(grad).float() for grad in grads if grad is not None and grad.numel() > 0]
+    device = params[0].device
+    if found_inf is not None:
+        found_inf = _scalar(found_inf, device).ne(0).float()  # PyTorch's skips at 1 alone
+    number, tensor = _learning_rate(lr, device)
+    stepped = [params[i] for i in present]
     torch._fused_sgd_(
-        views(param),
-        rows,
-        [] if momentum_buffer is None else views(momentum_buffer),
+        stepped,
+        [grad.float() for grad in grads if grad is not None and grad.numel() > 0],
+        [] if momentum_buffers is None else [momentum_buffers[i] for i in present],
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr if lr_tensor is None else lr_tensor,  # type: ignore[arg-type]  # two overloads
+        lr=number if tensor is None else tensor,
         dampening=0.0,
         nesterov=nesterov,
         maximize=maximize,
         is_first_step=False,
-        grad_scale=grad_scale,
+        grad_scale=None if grad_scale is None else _scalar(grad_scale, device),
         found_inf=found_inf,
     )
-    if half is not None:
-        for kept, made in zip(views(half), views(param), strict=True):
-            rounded = made.to(kept.dtype)
+    if halves is not None:
+        for i, made in zip(present, stepped, strict=True):
+            kept, rounded = halves[i], made.to(halves[i].dtype)
             kept.copy_(rounded if found_inf is None else torch.where(found_inf != 0, kept, rounded))
+
+
+def _learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    if not isinstance(lr, Tensor):
+        return lr, None
+    if lr.device.type == "cpu" != device.type:
+        return float(lr), None  # it is there to be read: nothing waits
+    return 0.0, lr.to(device, non_blocking=True)
+
+
+def _scalar(t: Tensor, device: torch.device) -> Tensor:
+    return t.to(device, torch.float32, non_blocking=True)
 
 
 def _check(

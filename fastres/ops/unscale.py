@@ -95,16 +95,20 @@ def unscale(
 def _divide(
     grads: Sequence[Tensor | None], out: Sequence[Tensor | None] | None, write: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients that are only read, where these go (nowhere: none), and those that are overwritten."""
+    """Gradients to read, where these go (nowhere: none), and gradients to overwrite."""
     if not write:
         return [grad for grad in grads if grad is not None], [], []
     if out is None:
         return [], [], [grad for grad in grads if grad is not None]
-    read, outs, in_place = [], [], []
+    read: list[Tensor] = []
+    outs: list[Tensor] = []
+    in_place: list[Tensor] = []
     for grad, target in zip(grads, out, strict=True):
-        if grad is target is not None:
+        if grad is None or target is None:
+            continue
+        if grad is target:
             in_place.append(grad)
-        elif grad is not None and target is not None:
+        else:
             read.append(grad)
             outs.append(target)
     return read, outs, in_place
@@ -117,25 +121,26 @@ def _native(
     inverse = scale.double().reciprocal().float()
     if out:
         torch._foreach_copy_(out, read)
-    written, read = [*out, *in_place], [] if out else [g for g in read if g.numel() > 0]
+    written, read = [*out, *in_place], [] if out else read
     # A half-precision gradient is measured before it is rounded in its place.
     halves = read + [grad for grad in in_place if grad.dtype != torch.float32]
-    norms = [v * inverse for v in _norms(halves, 2)] if norm else []
+    norms = [v * inverse for v in _norms(halves)] if norm else []
+    found_inf = scale.new_zeros(())
     if read:
-        finite = torch.stack(_norms(read, torch.inf)).isfinite().all()
-        found_inf = (~finite).to(scale.dtype)
-    else:
-        found_inf = scale.new_zeros(())
+        # Times 1, a gradient stays what it is; only one whose elements share memory is copied.
+        checked = [grad.contiguous() if overlaps(grad) else grad for grad in read]
+        one = torch.ones_like(scale)
+        torch._amp_foreach_non_finite_check_and_unscale_(checked, found_inf, one)
     if written:
         torch._amp_foreach_non_finite_check_and_unscale_(written, found_inf, inverse)
     if not norm:
         return found_inf, None
-    norms += _norms([t for t in written if t.dtype == torch.float32], 2)
+    norms += _norms([t for t in written if t.dtype == torch.float32])
     return found_inf, torch.stack([scale.new_zeros(()), *norms]).norm()
 
 
-def _norms(tensors: list[Tensor], order: float) -> list[Tensor]:
-    return list(torch._foreach_norm(tensors, order, dtype=torch.float32)) if tensors else []
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_norm(tensors, 2, dtype=torch.float32)) if tensors else []
 
 
 def _check(

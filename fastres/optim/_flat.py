@@ -1,13 +1,15 @@
-"""Parameters of one dtype and device in one flat buffer, with momentum and half copies beside it."""
+"""Parameters in one flat buffer, with momentum, fp32 masters or half copies beside it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastres.ops import cast, flat_offsets
+from fastres.ops import cast, flat_offsets, takes_kernels
 from fastres.ops._dense import DTYPES, is_dense, like
+from fastres.ops.sgd_step import step_each, step_flat
 
 
 class FlatParameters:
@@ -15,18 +17,20 @@ class FlatParameters:
 
     Attributes:
         params: the parameters, all of one dtype and on one device.
-        sizes: elements of each.
+        sizes, offsets: elements of each, and where in the buffer it begins.
         flat: fp32, flat: the parameters, or the fp32 masters of half-precision ones.
         half: the half-precision parameters, flat, or None where the parameters are fp32.
         masters: for each parameter, what is stepped: the parameter itself, or its fp32 master.
+        halves: the half-precision parameters, or None where the parameters are fp32.
         momentum: fp32, flat, zeros at first, or None before it is needed.
+        momentum_views: each parameter's part of it.
     """
 
     def __init__(self, params: Sequence[Parameter]) -> None:
         self.params = list(params)
         first = self.params[0]
         self.sizes = [p.numel() for p in self.params]
-        self._offsets, total = flat_offsets(self.sizes)
+        self.offsets, total = flat_offsets(self.sizes)
         # PyTorch keeps a parameter that is not dense (an expanded one) in a gradient that is.
         self._strides = [
             p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
@@ -41,8 +45,10 @@ class FlatParameters:
             for p, view in zip(self.params, stored, strict=True):
                 view.copy_(p)
                 p.data = view
+        self.halves: list[Tensor] | None = None
         self.masters: list[Tensor] = list(self.params)
         if self.half is not None:
+            self.halves = stored
             cast(self.half, self.flat)
             self.masters = self.views(self.flat)
         self._addresses = [p.data_ptr() for p in self.params]
@@ -50,7 +56,7 @@ class FlatParameters:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's part of a flat buffer, in the parameter's shape and strides."""
-        places = zip(self.params, self._strides, self._offsets, strict=True)
+        places = zip(self.params, self._strides, self.offsets, strict=True)
         return [flat.as_strided(p.shape, stride, offset) for p, stride, offset in places]
 
     def need_momentum(self) -> None:
@@ -81,7 +87,7 @@ class FlatParameters:
                     master.copy_(p)
         self._versions = [p._version for p in self.params]
 
-    def stepped(self) -> None:
+    def _stepped(self) -> None:
         """Tell autograd that the parameters changed, as an in-place op of PyTorch's own would."""
         torch.autograd.graph.increment_version(self.params)
         self._versions = [p._version for p in self.params]
@@ -105,6 +111,27 @@ class FlatParameters:
                 )
             found.append(None if grad is None else like(grad, view))
         return found, unscaled
+
+    def step(
+        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Take FusedSGD's step with a group's settings, unless found_inf is set."""
+        self.check()
+        self.refresh()
+        grads, unscaled = self.gradients()
+        settings = (
+            group["lr"], group["momentum"], group["weight_decay"], group["nesterov"],
+            group["maximize"], None if unscaled else grad_scale, found_inf,
+        )  # fmt: skip
+        moves = group["momentum"] != 0
+        if takes_kernels(self.flat):
+            buffer = self.momentum if moves else None
+            step_flat(grads, self.sizes, self.offsets, self.flat, buffer, self.half, *settings)
+        else:
+            buffers = self.momentum_views if moves else None
+            step_each(grads, self.masters, buffers, self.halves, *settings)
+        self._stepped()
+        self.drop_master_grads()
 
     def drop_master_grads(self) -> None:
         if self.half is not None:

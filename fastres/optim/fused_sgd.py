@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.ops import sgd_step
 from fastres.optim._flat import FlatParameters, checked
 
 
@@ -23,8 +22,9 @@ class FusedSGD(torch.optim.Optimizer):
     a parameter later (model.load_state_dict) counts; through p.data it goes unseen.
 
     LossScaler and torch.amp.GradScaler hand it the loss scale and found_inf as tensors, and nothing
-    waits for the device; a skipped step leaves parameters and momentum bitwise as they were. The
-    gradients stay scaled. A parameter without a gradient is left as it is.
+    waits for the device; a skipped step leaves parameters and momentum bitwise as they were. A
+    parameter without a gradient is left as it is. Whether .grad is scaled after a scaled step is
+    left open: it is on a GPU, and not on a CPU.
 
     state_dict is torch.optim.SGD's and each loads the other's; a half-precision parameter has its
     "master" there too.
@@ -67,7 +67,7 @@ class FusedSGD(torch.optim.Optimizer):
             # For torch.optim.SGD, when it loads this state.
             "foreach": None,
             "differentiable": False,
-            "fused": True,
+            "fused": None,
         }
         super().__init__(params, defaults)
 
@@ -84,7 +84,7 @@ class FusedSGD(torch.optim.Optimizer):
         self._show_masters(self._flat[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; with found_inf set (see LossScaler), none.
 
         Args:
@@ -99,20 +99,9 @@ class FusedSGD(torch.optim.Optimizer):
         for group, parts in zip(self.param_groups, self._flat, strict=True):
             _check_group(group)
             for part in parts:
-                part.check()
-                part.refresh()
-                grads, unscaled = part.gradients()
                 if group["momentum"] != 0:
                     self._show_momentum(part)
-                sgd_step(
-                    grads, part.sizes, part.flat, part.momentum,
-                    lr=group["lr"], momentum=group["momentum"],
-                    weight_decay=group["weight_decay"], nesterov=group["nesterov"],
-                    maximize=group["maximize"], half=part.half,
-                    grad_scale=None if unscaled else grad_scale, found_inf=found_inf,
-                )  # fmt: skip
-                part.stepped()
-                part.drop_master_grads()
+                part.step(group, grad_scale, found_inf)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
