@@ -92,7 +92,7 @@ def _native_keep(v: Tensor, k: int) -> Tensor:
 
 
 def _native_row(dy: Tensor, k: int) -> Tensor:
-    rows = dy.reshape(dy.shape[0], -1)
+    rows = dy.flatten(1)
     return torch.where(_native_keep(rows, k), rows, 0.0).view(dy.shape)
 
 
