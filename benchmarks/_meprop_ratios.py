@@ -60,7 +60,7 @@ def time_ratios(
             else:
                 print(f"{about}: wrong gradients, no speed reported")
                 rows.append(about | {"right": False})
-    passes = {key: partial(case.backward, y) for key, y in ys.items()}
+    passes: dict[Any, Any] = {key: partial(case.backward, y) for key, y in ys.items()}
     timings = _time_in_turn(passes, device, seconds)
     dense_ms = timings["dense", 1.0].median_ms
     for (mode, ratio), timing in timings.items():
