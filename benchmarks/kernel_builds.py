@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from _environment import environment
 
-from fastres.kernels import _aot, augment, batch_norm_relu, cast, sgd_step, unscale
+from fastres.kernels import _aot, augment, batch_norm_relu, cast, meprop, sgd_step, unscale
 from fastres.kernels._launch import Launch, record
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -178,6 +178,26 @@ def sgd_step_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def meprop_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    shapes = [(128, C, 512 // C, 512 // C) for C in (16, 32, 64)]
+    # A linear layer's, what no ResNet on 32x32 images meets, and one example past 2^30 elements.
+    shapes += [(512, 4096, 1, 1), (3, 20, 7, 7), (2, 1, 1, 1), (2, 2**12, 2**9, 2**9)]
+    for shape, fmt in itertools.product(shapes, FORMATS):
+        name = "x".join(map(str, shape)) + f" {fmt}"
+        dy = _empty(shape, dtype, fmt)
+        with _recorded(found, f"{name} row", usual=shape[1] in (16, 4096)):
+            meprop.select_row(dy, 3)
+        with _recorded(found, f"{name} channels", usual=shape[1] in (16, 4096)):
+            meprop.select_channels(dy, 1)
+    # Rows that do not lie dense: a division for every element.
+    for fmt in FORMATS:
+        dy = _empty((128, 32, 16, 16), dtype, fmt)
+        with _recorded(found, f"sliced {fmt} row"):
+            meprop.select_row(dy[:, 4:20] if fmt == "NHWC" else dy[:, ::2], 3)
+    return found
+
+
 # Another op's launches: a function from a dtype to its variants, here.
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
@@ -185,6 +205,7 @@ OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "unscale": unscale_variants,
     "cast": cast_variants,
     "sgd_step": sgd_step_variants,
+    "meprop": meprop_variants,
 }
 
 

@@ -199,7 +199,7 @@ def _meprop_channels_kernel(sums_ptr, index_ptr, k, C, INFINITY: tl.constexpr, B
         key = _key(tl.load(sums_ptr + c, mask=ok, other=0.0), INFINITY)
         keep = ok & ((key > threshold) | ((key == threshold) & (c <= last)))
         place = before + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(index_ptr + place, c.to(tl.int64), mask=keep)
+        tl.store(index_ptr + place, c.to(tl.int64), mask=keep & (place < k))
         before += tl.sum(keep.to(tl.int32), 0)
 
 

@@ -54,7 +54,7 @@ def _select_row(dy: Tensor, k: int) -> Tensor:
 def _(dy: Tensor, k: int) -> Tensor:
     if takes_kernels(dy):
         return kernels("meprop", dy).empty_selected(dy)
-    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+    return torch.empty_like(dy, memory_format=_format(dy))
 
 
 def select_channels(dy: Tensor, k: int) -> Tensor:
@@ -70,6 +70,10 @@ def select_row(dy: Tensor, k: int) -> Tensor:
 def channels_last(t: Tensor) -> bool:
     """Whether t [N, C, H, W] is dense in channels_last and not also in the default format."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _format(t: Tensor) -> torch.memory_format:
+    return torch.channels_last if channels_last(t) else torch.contiguous_format
 
 
 # The integers of a dtype's width, and the bits of its infinity.
@@ -92,8 +96,9 @@ def _native_keep(v: Tensor, k: int) -> Tensor:
 
 
 def _native_row(dy: Tensor, k: int) -> Tensor:
-    rows = dy.reshape(dy.shape[0], -1)
-    return torch.where(_native_keep(rows, k), rows, 0.0).view(dy.shape)
+    rows = dy.flatten(1)
+    kept = torch.where(_native_keep(rows, k), rows, 0.0).view(dy.shape)
+    return kept.contiguous(memory_format=_format(dy))
 
 
 def _native_channels(dy: Tensor, k: int) -> Tensor:
