@@ -26,7 +26,16 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from _environment import environment
 
-from fastres.kernels import _aot, augment, batch_norm_relu, cast, meprop, sgd_step, unscale
+from fastres.kernels import (
+    _aot,
+    augment,
+    batch_norm_relu,
+    cast,
+    meprop,
+    sgd_step,
+    stochastic_depth_add,
+    unscale,
+)
 from fastres.kernels._launch import Launch, record
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,6 +140,57 @@ def augment_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def _stochastic_depth_add_step(
+    into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
+    fmts: str = "NHWC NHWC NHWC", row: bool = True, kept: int | None = None, usual: bool = False,
+) -> None:  # fmt: skip
+    """fmts: of branch, shortcut and dy. With kept, a subset of so many of the samples."""
+    N, (branch_fmt, shortcut_fmt, dy_fmt) = shape[0], fmts.split()
+    branch = _empty((N if kept is None else kept, *shape[1:]), dtype, branch_fmt)
+    shortcut, dy = _empty(shape, dtype, shortcut_fmt), _empty(shape, dtype, dy_fmt)
+    key, position, source, threshold = _empty((3,), torch.int64), None, None, 2**30
+    if kept is not None:
+        threshold, position, source = 0, *(_empty((n,), torch.int64) for n in (N, kept))
+    with _recorded(into, f"{name} fwd", usual):
+        stochastic_depth_add.stochastic_depth_add_fwd(
+            branch, shortcut, key, position, threshold, 2.0, row, 2
+        )
+    with _recorded(into, f"{name} bwd", usual):
+        stochastic_depth_add.stochastic_depth_add_bwd(
+            dy, key, source, threshold, 2.0, row, 2, branch_fmt == "NHWC"
+        )
+
+
+def stochastic_depth_add_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    for C, fmt, row in itertools.product((16, 32, 64), FORMATS, (True, False)):
+        name = f"C={C} {fmt} {'row' if row else 'batch'}"
+        shape, fmts = (128, C, 512 // C, 512 // C), f"{fmt} {fmt} {fmt}"
+        _stochastic_depth_add_step(found, name, shape, dtype, fmts, row, usual=C == 16)
+    for C, fmt in itertools.product((16, 64), FORMATS):
+        shape, fmts = (128, C, 512 // C, 512 // C), f"{fmt} {fmt} {fmt}"
+        name = f"C={C} {fmt} 64 of 128 samples"
+        _stochastic_depth_add_step(found, name, shape, dtype, fmts, kept=64, usual=C == 16)
+    # What no ResNet on 32x32 images meets: mixed layouts, other divisibility, sizes of 1.
+    for fmts in ("NHWC NCHW NHWC", "NCHW NHWC NCHW", "NCHW NCHW NHWC"):
+        for kept in (None, 64):
+            name = f"C=16 {fmts.replace(' ', '+')}{' subset' if kept else ''}"
+            _stochastic_depth_add_step(
+                found, name, (128, 16, 32, 32), dtype, fmts, kept=kept, usual=kept is None
+            )
+    _stochastic_depth_add_step(found, "C=20 7x7", (3, 20, 7, 7), dtype, "NHWC NCHW NCHW")
+    _stochastic_depth_add_step(found, "C=1 M=1", (1, 1, 1, 1), dtype, kept=1)
+    large, mixed = (2, 4, 2**15, 2**15), "NHWC NCHW NHWC"
+    for fmts, kept in itertools.product((mixed, "NCHW NCHW NCHW"), (None, 1)):
+        name = f"wide {fmts.replace(' ', '+')}{' subset' if kept else ''}"
+        _stochastic_depth_add_step(found, name, large, dtype, fmts, kept=kept, usual=fmts == mixed)
+    key = _empty((3,), torch.int64)
+    for N, kept in ((128, 64), (100, 1), (1, 1), (2**17, 3)):
+        with _recorded(found, f"subset of {kept} of {N}", N == 128):
+            stochastic_depth_add.draw_subset(key, N, kept, 2)
+    return found
+
+
 def unscale_variants(dtype: torch.dtype) -> list[Variant]:
     found: list[Variant] = []
     # The kernel reads dtypes from its table: one binary for all of them.
@@ -202,6 +262,7 @@ def meprop_variants(dtype: torch.dtype) -> list[Variant]:
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
     "augment": augment_variants,
+    "stochastic_depth_add": stochastic_depth_add_variants,
     "unscale": unscale_variants,
     "cast": cast_variants,
     "sgd_step": sgd_step_variants,

@@ -28,6 +28,10 @@ def sum_epsilons(terms: int) -> float:
 # about 1e-9 / 1e-6; the tolerance is gradcheck's default too.
 GRADCHECK_ATOL = 1e-5
 
+# Roundings to a half-precision type in PyTorch's own add(alpha=...) on a CPU, which the native path
+# of stochastic_depth_add is: of alpha, of the product and of the sum, each half an ulp.
+ADD_ROUNDINGS = 3
+
 # Compiled code on the CPU fuses, and may contract a*b+c: fp32 results of order 1 to 10 then differ
 # in the last bits from those of eager code.
 COMPILED_ATOL = 1e-5

@@ -148,8 +148,9 @@ def stochastic_depth_add(
         mode: "batch" draws one b for the batch, "row" one for each sample, and "subset" keeps
             max(int(N * (1 - p)), 1) samples, and scales them by N over their number.
         training: without it y = shortcut + branch.
-        generator: a torch.Generator of branch's device, None for PyTorch's own, or a
-            StepGenerator's unit, whose draws are a function of seed, step, unit and rank.
+        generator: a torch.Generator of branch's device (which torch.compile does not take), None
+            for PyTorch's own, or a StepGenerator's unit, whose draws are a function of seed, step,
+            unit and rank.
     Returns:
         [N, C, H, W] in shortcut's dtype and memory format; arithmetic in fp32.
     Raises:
@@ -249,7 +250,9 @@ def key_of(generator: Generator, device: torch.device) -> tuple[Tensor, int]:
     """What to draw by: int64 [3] of seed, step and rank, and the unit's number."""
     if isinstance(generator, UnitGenerator):
         return generator.steps.key(device), generator.number
-    return torch.empty(3, dtype=torch.int64, device=device).random_(generator=generator), 0
+    # randint and not random_, and no word of a generator that is None: torch.compile takes neither.
+    options = {} if generator is None else {"generator": generator}
+    return torch.randint(1 << 62, (3,), device=device, **options), 0
 
 
 def check_drop(p: float, mode: str, generator: Generator = None) -> None:
