@@ -141,7 +141,11 @@ class Trainer:
         self.drops = StepGenerator(config.seed, workers.rank)
         self.model.draw_from(self.drops)
         self.peak_lr = config.lr * config.batch_size / 128
-        sgd = {"lr": self.peak_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        sgd: dict[str, Any] = {
+            "lr": self.peak_lr,
+            "momentum": config.momentum,
+            "weight_decay": config.weight_decay,
+        }
         self.optimizer: torch.optim.Optimizer = (
             FusedSGD(self.model.parameters(), **sgd)
             if config.fused

@@ -78,13 +78,15 @@ class FlatParameters:
     def refresh(self) -> None:
         """Take from half-precision parameters what somebody wrote into them since the last step.
 
-        A loaded or initialised parameter would otherwise come back as its old master has it.
+        A loaded or initialised parameter would otherwise come back as its old master has it. Where
+        it is what its master rounds to, as when a model and then its optimizer are loaded, or the
+        other way round, the master keeps its precision.
         """
         if self.half is not None:
             versions = zip(self.params, self.masters, self._versions, strict=True)
             for p, master, version in versions:
                 if p._version != version:
-                    master.copy_(p)
+                    master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         self._versions = [p._version for p in self.params]
 
     def _stepped(self) -> None:
