@@ -40,9 +40,9 @@ class LossScaler:
     `skipped_in_a_row` counts on the device, and `watch` keeps BatchNorm's statistics clean of
     skipped batches.
 
-    With FusedSGD, and with torch's fused SGD, Adam, AdamW and Adagrad, which take the scale and
-    found_inf as tensors, nothing ever waits for the device. Any other optimizer decides on the host
-    whether to step, and waits once a step, as with GradScaler.
+    With FusedSGD, and with torch's fused SGD, Adam, AdamW and (not yet in torch 2.11) Adagrad,
+    which take the scale and found_inf as tensors, nothing ever waits for the device. For any other
+    optimizer the host decides whether to step, and waits once a step, as with GradScaler.
 
     With DistributedDataParallel every rank sees the same reduced gradients, and so skips the same
     steps. Gradients of one optimizer are on one device.
