@@ -32,7 +32,7 @@ STREAM = tl.constexpr(3)
 BLOCK = 4096
 NUM_WARPS = 8
 # Samples that a program of the subset's kernel ranks, and that it compares them with at a time.
-BLOCK_N = 64
+BLOCK_N = 32
 
 
 @triton.jit
@@ -141,14 +141,14 @@ def _draw_subset_kernel(key_ptr, index_ptr, position_ptr, N, kept, unit, BLOCK_N
     them takes N / BLOCK_N blocks of comparisons and no sort.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mine = _draw(key_ptr, n, unit, True)
+    # Draw and number as one integer: by masks for either, the comparison spilled registers.
+    mine = (_draw(key_ptr, n, unit, True).to(tl.int64) << 32) + n
     position = tl.zeros([BLOCK_N], tl.int32)
     for m_start in range(0, N, BLOCK_N):
         m = m_start + tl.arange(0, BLOCK_N)
-        other = _draw(key_ptr, m, unit, True)
-        tied = (other[None, :] == mine[:, None]) & (m[None, :] < n[:, None])
-        before = ((other[None, :] < mine[:, None]) | tied) & (m < N)[None, :]
-        position += tl.sum(before.to(tl.int32), 1)
+        other = (_draw(key_ptr, m, unit, True).to(tl.int64) << 32) + m
+        other = tl.where(m < N, other, 0x7FFFFFFFFFFFFFFF)
+        position += tl.sum((other[None, :] < mine[:, None]).to(tl.int32), 1)
     taken = position < kept
     tl.store(index_ptr + position, n.to(tl.int64), mask=(n < N) & taken)
     tl.store(position_ptr + n, tl.where(taken, position, -1).to(tl.int64), mask=n < N)

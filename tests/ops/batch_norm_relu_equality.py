@@ -83,6 +83,13 @@ class Case:
     momentum: float = 0.1
     values: str = "normal"
     seed: int = 0
+    # The share of the samples that an index takes, in an order of its own; None is no index.
+    picked: float | None = None
+
+    @property
+    def taken(self) -> int:
+        """Samples of y."""
+        return self.shape[0] if self.picked is None else round(self.picked * self.shape[0])
 
 
 def _values(case: Case, draw: Callable[..., Tensor]) -> Tensor:
@@ -125,11 +132,15 @@ def tensors(case: Case, device: str) -> dict[str, Tensor | None]:
 
     C = case.shape[1]
     x = placed(_values(case, draw), case.x_layout)
-    dy = placed(draw(case.shape), case.dy_layout)
+    dy = placed(draw((case.taken, *case.shape[1:])), case.dy_layout)
     residual, weight, bias = draw(case.shape), draw((C,)), draw((C,))
     running_mean, running_var = draw((C,)), 0.5 + draw((C,)).abs()
+    index = None
+    if case.picked is not None:
+        index = torch.randperm(case.shape[0], generator=generator)[: case.taken].to(device)
     return {
         "x": x,
+        "index": index,
         "dy": dy,
         "residual": placed(residual, case.residual_layout) if case.residual_layout else None,
         "weight": vector(weight) if case.weight else None,
@@ -158,7 +169,7 @@ def run(
     leaves = {name: v.requires_grad_() for name in needs if (v := t[name]) is not None}
     y = op(
         t["x"], t["running_mean"], t["running_var"], t["weight"], t["bias"],
-        case.training, case.momentum, case.eps, t["residual"], case.relu,
+        case.training, case.momentum, case.eps, t["residual"], case.relu, t["index"],
     )  # fmt: skip
     results = {"y": y.detach()}
     if leaves:
@@ -176,13 +187,18 @@ def mask_of(y: Tensor) -> Tensor:
     return ~(y <= 0)
 
 
+def _double(v: Tensor | None) -> Tensor | None:
+    """In fp64; an index stays as it is."""
+    return v.double() if v is not None and v.is_floating_point() else v
+
+
 def exact(case: Case, given: dict[str, Tensor | None], mask: Tensor | None) -> dict[str, Tensor]:
     """The reference in fp64 with a given ReLU mask, and `z`, what the ReLU saw."""
-    t = {name: None if v is None else v.double() for name, v in plain(given).items()}
+    t = {name: _double(v) for name, v in plain(given).items()}
     zs = []
 
     def op(*args: Any) -> Tensor:
-        args = (*args[:-1], False)
+        args = (*args[:-2], False, args[-1])
         z = batch_norm_relu_reference(*args)
         zs.append(z.detach())
         return z if mask is None else torch.where(mask, z, 0.0)
@@ -199,9 +215,10 @@ def condition_scales(
     case: Case, given: dict[str, Tensor | None], mask: Tensor | None
 ) -> dict[str, Tensor]:
     """By channel, the size of each result's terms before they cancel. From [N, C, H, W] in fp64."""
-    t = {name: None if v is None else v.double() for name, v in given.items()}
+    t = {name: _double(v) for name, v in given.items()}
     x, dy, residual = t["x"], t["dy"], t["residual"]
     assert x is not None and dy is not None
+    x = x if t["index"] is None else x[t["index"]]
     one = torch.ones_like(x[0, :, 0, 0])
     weight, bias = t["weight"], t["bias"]
     w, b = one if weight is None else weight.abs(), 0 * one if bias is None else bias.abs()
@@ -260,15 +277,23 @@ def check(case: Case, device: str, op: Callable[..., Tensor] = batch_norm_relu) 
         assert (got[name].dtype, got[name].shape) == (peer[name].dtype, peer[name].shape), name
     x = given["x"]
     assert x is not None
-    if x.numel() == 0:
+    if x.numel() == 0 or case.taken == 0:
         for name in got:
             assert torch.equal(got[name], peer[name]), name
         return
-    if 1 not in case.shape[1:]:
+    if case.picked is not None and min(case.shape) > 1 and case.x_layout in ("nchw", "nhwc"):
+        fmt = _NHWC if case.x_layout == "nhwc" else _NCHW
+        for name in ("y", "dx"):
+            assert got[name].is_contiguous(memory_format=fmt), f"{name}: {got[name].stride()}"
+    elif case.picked is None and 1 not in case.shape[1:]:
         # A dimension of size 1 has no order in memory; there PyTorch goes by its idle stride.
         in_place = run(batch_norm_relu_reference, case, given)
         for name in ("y", "dx"):
             assert _formats(got[name]) == _formats(in_place[name]), f"{name}: {got[name].stride()}"
+    if (index := given["index"]) is not None:
+        left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, index, False)
+        if bool(got["dx"][left].ne(0).any()):
+            raise AssertionError(f"dx is off where no sample was taken, for {case}")
     mask, mask_peer = (mask_of(got["y"]), mask_of(peer["y"])) if case.relu else (None, None)
     want, want_peer = exact(case, given, mask), exact(case, given, mask_peer)
     scales = condition_scales(case, given, mask)

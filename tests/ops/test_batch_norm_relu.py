@@ -49,17 +49,21 @@ def path(request: pytest.FixtureRequest, device: str) -> str:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype, training: bool) -> Case:
+def cases(draw: st.DrawFn, dtype: torch.dtype, training: bool, picked: bool = True) -> Case:
     C = draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 129])))
     N, H, W = draw(st.integers(0, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     if training and N * H * W == 1:
         N = 2
+    share = draw(st.sampled_from([None, 0.25, 0.5, 1.0])) if picked else None
+    if share is not None and round(share * N) * H * W <= training:
+        share = None
     layouts = st.sampled_from(list(LAYOUTS))
     return Case(
         shape=(N, C, H, W),
         x_layout=draw(layouts),
         dy_layout=draw(layouts),
-        residual_layout=draw(st.one_of(st.none(), layouts)),
+        residual_layout=None if share is not None else draw(st.one_of(st.none(), layouts)),
+        picked=share,
         dtype=dtype,
         half_params=dtype == torch.float64 or draw(st.booleans()),
         weight=draw(st.booleans()),
@@ -92,7 +96,8 @@ def test_native_path_is_bitwise_the_reference(
     native: None, dtype: torch.dtype, training: bool, data: st.DataObject
 ) -> None:
     """It is PyTorch's own ops, with the add and the ReLU in place."""
-    case = data.draw(cases(dtype, training))
+    # Not with an index: the reference's x[index] may lie in another order, and sums with it.
+    case = data.draw(cases(dtype, training, picked=False))
     given_ = tensors(case, "cpu")
     got, want = run(batch_norm_relu, case, given_), run(batch_norm_relu_reference, case, given_)
     assert got.keys() == want.keys()
@@ -109,6 +114,37 @@ def test_layouts_of_x_residual_and_dy_mix(layout: str, device: str) -> None:
     check(dataclasses.replace(case, x_layout=layout, dy_layout=dense), device)
     check(dataclasses.replace(case, x_layout=dense, dy_layout=layout), device)
     check(dataclasses.replace(case, x_layout=other, residual_layout=layout), device)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhwc_sliced_n", "expanded_c"])
+def test_picked_samples(path: str, device: str, layout: str, training: bool) -> None:
+    """By an index in any order: y of these alone, dx zero elsewhere; several chunks and tiles."""
+    for shape, picked in (((9, 20, 9, 7), 0.5), ((4, 3, 5, 5), 1.0), ((5, 9, 6, 3), 0.0)):
+        case = Case(shape=shape, x_layout=layout, training=training, picked=picked)
+        check(case, device)
+        with small_tiles() if path == "kernels" else nullcontext():
+            check(dataclasses.replace(case, dy_layout="nhwc", values="large_mean"), device)
+    check(Case(shape=(6, 16, 32, 24), x_layout=layout, training=training, picked=0.5), device)
+
+
+def test_a_strided_index(path: str, device: str) -> None:
+    x = torch.randn(5, 3, 2, 2, device=device)
+    index = torch.tensor([4, 0, 0, 1, 2, 1], device=device)[::2]
+    got = batch_norm_relu(x, None, None, training=True, index=index)
+    torch.testing.assert_close(got, batch_norm_relu(x[[4, 0, 2]], None, None, training=True))
+
+
+def test_what_no_index_names_is_not_read(path: str, device: str) -> None:
+    x = torch.randn(5, 3, 2, 2, device=device)
+    x[[1, 3]] = torch.nan
+    x.requires_grad_()
+    stats = torch.zeros(3, device=device), torch.ones(3, device=device)
+    index = torch.tensor([4, 0, 2], device=device)
+    y = batch_norm_relu(x, *stats, training=True, index=index)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert all(v.isfinite().all() for v in (y, dx, *stats))
+    assert not dx[[1, 3]].any()
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -348,6 +384,15 @@ def _wrong() -> Iterator[tuple[dict[str, Any], str]]:
         yield {name: torch.ones(4)}, rf"{name}: expected \[3\] on cpu, got \[4\] on cpu"
         yield {name: v.to("meta")}, rf"{name}: expected \[3\] on cpu, got \[3\] on meta"
         yield {name: v.half()}, rf"{name}: expected torch.float32, got torch.float16"
+    index = torch.tensor([1, 0])
+    yield {"residual": x, "index": index}, "residual and index: expected one of the two at most"
+    for wrong in (index[None], index.int(), index.to("meta")):
+        yield (
+            {"index": wrong},
+            rf"index: expected \[s\] in torch.int64 on cpu, got .*{wrong.device}",
+        )
+    few = {"x": x[..., :1, :1], "index": index[:1]}
+    yield few, r"more than 1 value per channel in training, got shape \[1, 3, 1, 1\]"
     for name in ("running_mean", "running_var"):
         yield {name: torch.ones(6)[::2]}, rf"{name}: expected contiguous, got stride \(2,\)"
     yield {"momentum": None}, "momentum: expected a float, got None"

@@ -20,6 +20,8 @@ CASE = Case(shape=(5, 8, 11, 6), dy_layout="nhwc")
 WITH_RESIDUAL = Case(shape=(5, 8, 11, 6), residual_layout="nhwc")
 # Rows past the last one are rows again, not memory that belongs to somebody else.
 EXPANDED = Case(shape=(5, 8, 11, 6), x_layout="expanded_n")
+# Three of five samples, in an order of their own.
+PICKED = Case(shape=(5, 8, 11, 6), picked=0.6)
 
 # File, the text to replace (once in the file), what takes its place, and the case that tells.
 MUTANTS: dict[str, tuple[str, str, str, Case]] = {
@@ -95,6 +97,30 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "tile_offsets(m, c, S, dx_stride_n, dx_stride_s, dx_stride_c, M_AXIS, FLAT)",
         CASE,
     ),
+    "the moments are of the first samples, not the index's": (
+        "_moments",
+        "m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end",
+        "m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT",
+        PICKED,
+    ),
+    "dx goes to the first samples, not the index's": (
+        "batch_norm_relu",
+        "m, c, S, dx_stride_n, dx_stride_s, dx_stride_c, M_AXIS, FLAT, index_ptr, end",
+        "m, c, S, dx_stride_n, dx_stride_s, dx_stride_c, M_AXIS, FLAT",
+        PICKED,
+    ),
+    "the backward's sums are of the first samples": (
+        "batch_norm_relu",
+        "m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT, index_ptr, end",
+        "m, c_wide, S, x_stride_n, x_stride_s, x_stride_c, M_AXIS, FLAT",
+        PICKED,
+    ),
+    "dx is not zero where no sample was taken": (
+        "batch_norm_relu",
+        "dx if index is None else dx.zero_(),",
+        "dx,",
+        PICKED,
+    ),
     "the evaluation's backward is the training's": (
         "batch_norm_relu",
         "dx = scale * (dz - mean_dz - x * slope) if TRAINING else scale * dz",
@@ -142,5 +168,5 @@ def test_a_mutant_fails(
     assert source.count(old) == 1, "the kernel was rewritten: rewrite its mutant"
     path.write_text(source.replace(old, changed))
     _take(monkeypatch)
-    with small_tiles(), pytest.raises(AssertionError, match=r"is off by|mask is wrong"):
+    with small_tiles(), pytest.raises(AssertionError, match=r"is off (by|where)|mask is wrong"):
         check(case, device)

@@ -80,7 +80,11 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
         "for m_start in range(0, BLOCK_N, BLOCK_N):",
         SUBSET,
     ),
-    "the subset counts samples past the last": ("| tied) & (m < N)[None, :]", "| tied)", SUBSET),
+    "the subset counts samples past the last": (
+        "tl.where(m < N, other,",
+        "tl.where(m >= 0, other,",
+        SUBSET,
+    ),
     "the subset keeps one too few": (
         "taken = position < kept",
         "taken = position < kept - 1",
