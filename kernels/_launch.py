@@ -43,12 +43,28 @@ def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: Any
 ) -> None:
     """Run `kernel` over `grid` on the device of its first tensor argument."""
+    _launch(Launch(kernel, grid, args, num_warps, constexprs), traced=True)
+
+
+def launch_opaque(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: Any
+) -> None:
+    """launch for ops that are registered with traceable=False.
+
+    Outside a triton_op, wrap_triton would trace every launch for a graph that nobody asked for.
+    """
+    _launch(Launch(kernel, grid, args, num_warps, constexprs), traced=False)
+
+
+def _launch(what: Launch, traced: bool) -> None:
+    settings = {"num_warps": what.num_warps, **what.constexprs}
     if _recorder is not None:
-        _recorder(Launch(kernel, grid, args, num_warps, constexprs))
-    elif isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, num_warps=num_warps, **constexprs)
+        _recorder(what)
+    elif isinstance(what.kernel, InterpretedFunction):
+        what.kernel[what.grid](*what.args, **settings)
     else:
-        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        first = next(arg for arg in what.args if isinstance(arg, torch.Tensor))
+        runnable = wrap_triton(what.kernel) if traced else what.kernel
         # Triton launches on the current device, which need not be the tensors' own.
         with torch.cuda.device_of(first):
-            wrap_triton(kernel)[grid](*args, num_warps=num_warps, **constexprs)
+            runnable[what.grid](*what.args, **settings)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import _addresses
 from ._addresses import KINDS, NUM_WARPS, block_row, load_elements
-from ._launch import launch
+from ._launch import launch_opaque
 
 __all__ = ["sgd_step_fwd"]
 
@@ -98,7 +98,7 @@ def sgd_step_fwd(
     if rows.shape[0] == 0:
         return
     as_tensor = isinstance(lr, torch.Tensor)
-    launch(
+    launch_opaque(
         _sgd_step_fwd_kernel, (rows.shape[0],),
         _addresses.table(grads, param.device), rows, param, momentum_buffer, half,
         grad_scale, found_inf, lr if as_tensor else None,

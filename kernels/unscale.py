@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import _addresses
 from ._addresses import KINDS, NUM_WARPS, block_row, load_elements, store_elements
-from ._launch import launch
+from ._launch import launch_opaque
 
 __all__ = ["empty_findings", "unscale_fwd"]
 
@@ -86,7 +86,7 @@ def unscale_fwd(
     outs_table = _addresses.table(out, scale.device) if out else None
     partial = scale.new_empty(P) if norm else None
     ticket = scale.new_zeros((), dtype=torch.int32) if norm else None
-    launch(
+    launch_opaque(
         _unscale_kernel, (P,),
         grads_table, outs_table, rows, scale, found_inf, partial, ticket, total if norm else None,
         P, BLOCK=_addresses.BLOCK, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,

@@ -1,5 +1,6 @@
 """sgd_step against its reference in fp64: settings, lists of gradients, skipping, errors."""
 
+import importlib
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +19,7 @@ from ops.gradient_lists import (
 from ops.sgd_step_equality import Case, buffers, check, run
 from torch import Tensor
 
-from fastres.ops import _register, flat_offsets, sgd_step
+from fastres.ops import _register, flat_offsets, sgd_step, unscale
 
 
 @pytest.fixture(params=["kernels", "native"])
@@ -85,6 +86,16 @@ def test_a_skipped_step_writes_nothing_at_all(path: None, device: str) -> None:
         run(Case(case.gradients, half=case.half, weight_decay=0.1, found_inf=float(found_inf)), t)
         for name, kept in before.items():
             assert torch.equal(t[name].view(torch.uint8), kept), name
+
+
+@pytest.mark.skipif(not _register.INTERPRET, reason="kernels are compiled here")
+def test_opaque_ops_launch_without_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would run: wrap_triton traces every launch outside a triton_op."""
+    launching: Any = importlib.import_module("fastres.kernels._launch")
+    monkeypatch.setattr(launching, "InterpretedFunction", type(None))
+    monkeypatch.setattr(launching, "wrap_triton", None)
+    check(Case([Gradient((40,))]), "cpu")
+    unscale([torch.ones(3)], torch.ones(()), norm=True)
 
 
 def test_flat_offsets() -> None:
