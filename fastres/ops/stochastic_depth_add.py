@@ -251,7 +251,7 @@ def key_of(generator: Generator, device: torch.device) -> tuple[Tensor, int]:
     if isinstance(generator, UnitGenerator):
         return generator.steps.key(device), generator.number
     # randint and not random_, and no word of a generator that is None: torch.compile takes neither.
-    options = {} if generator is None else {"generator": generator}
+    options: dict[str, Any] = {} if generator is None else {"generator": generator}
     return torch.randint(1 << 62, (3,), device=device, **options), 0
 
 
