@@ -137,7 +137,6 @@ def main() -> int:
     # Of an op's figures a part takes all or nothing; the long sweep comes last.
     ops: dict[str, Callable[[torch.device, bool, float], Any]] = {
         "augment": bench_augment.bench,
-        "stochastic_depth_add": bench_stochastic_depth_add.bench,
         "unscale": bench_unscale.bench,
         "cast": bench_cast.bench,
         "sgd_step": bench_sgd_step.bench,
@@ -152,6 +151,9 @@ def main() -> int:
             device, args.small, *((2, 8) if args.small else (30, 56)), p=0.5
         ),
         **{name: partial(op, device, args.small, seconds) for name, op in ops.items()},
+        "stochastic_depth_add": lambda: bench_stochastic_depth_add.bench(
+            device, args.small, seconds, clock
+        ),
         "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
     }
     failures: list[str] = []

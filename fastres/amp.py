@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastres._optimizers import device_of, gradients, has_buffers, parameters
 from fastres._watch import WatchedStatistics
 from fastres.ops import unscale
-from fastres.ops._dense import like, overlaps
 from fastres.optim import FusedSGD
 
 _T = TypeVar("_T")
@@ -181,8 +181,8 @@ class LossScaler:
             )
         if progress.stage == "stepped":
             raise RuntimeError("unscale_() is being called after step(): call it before.")
-        grads, out = _gradients(optimizer)
-        device = _device_of(grads, scale)
+        grads, out = gradients(optimizer)
+        device = device_of(grads, scale)
         found_inf, total = unscale(grads, scale.to(device, non_blocking=True), out=out, norm=norm)
         progress.found_inf = found_inf
         progress.stage = "unscaled"
@@ -215,13 +215,13 @@ class LossScaler:
                 "step() has already been called since the last update(): call update() once an "
                 "iteration, after step()."
             )
-        if all(p.grad is None for p in _parameters(optimizer)):
+        if all(p.grad is None for p in parameters(optimizer)):
             raise AssertionError(
                 "No inf checks were recorded for this optimizer: none of its parameters has a "
                 "gradient. Call scaler.scale(loss).backward() before step()."
             )
         on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if on_device and _has_buffers(optimizer):
+        if on_device and has_buffers(optimizer):
             found_inf = self._step_on_device(optimizer, progress, scale, *args, **kwargs)
         else:
             if progress.stage == "ready":
@@ -250,8 +250,8 @@ class LossScaler:
         if progress.stage == "ready":
             if isinstance(optimizer, FusedSGD):
                 optimizer.drop_master_grads()
-            grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-            scale = scale.to(_device_of(grads, scale), non_blocking=True)
+            grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
+            scale = scale.to(device_of(grads, scale), non_blocking=True)
             progress.found_inf, _ = unscale(grads, scale, write=False)
             given = scale if given is None else scale * given
         assert progress.found_inf is not None
@@ -409,65 +409,3 @@ def _set(scale: Tensor, new_scale: float | Tensor) -> None:
             f"shape {list(new_scale.shape)}, requires_grad={new_scale.requires_grad}"
         )
     scale.copy_(new_scale.reshape(()), non_blocking=True)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _device_of(grads: list[Tensor], scale: Tensor) -> torch.device:
-    """The gradients' device; the scale's where there are none."""
-    devices = {grad.device for grad in grads} or {scale.device}
-    if len(devices) > 1:
-        names = ", ".join(sorted(str(device) for device in devices))
-        raise ValueError(
-            f"expected the gradients of one optimizer on one device, got {names}: give the "
-            "parameters of each device an optimizer of their own"
-        )
-    return devices.pop()
-
-
-def _gradients(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients, and where each is to be unscaled to: its own place, or its master's .grad."""
-    grads: list[Tensor] = []
-    out: list[Tensor] = []
-    parameters = _parameters(optimizer)
-    masters = optimizer.masters() if isinstance(optimizer, FusedSGD) else parameters
-    for p, master in zip(parameters, masters, strict=True):
-        if p.grad is None:
-            continue
-        if master is not p:
-            master.grad = torch.empty_like(master)
-            out.append(master.grad)
-        elif p.grad.dtype == torch.float16:
-            raise ValueError(
-                "Attempting to unscale FP16 gradients: they would underflow. Keep parameters in "
-                "fp32 under autocast, or use FusedSGD, which keeps fp32 masters of fp16 parameters."
-            )
-        else:
-            if p.grad.layout == torch.strided and overlaps(p.grad):
-                p.grad = like(p.grad, p)
-            out.append(p.grad)
-        grads.append(p.grad)
-    return grads, out
-
-
-def _has_buffers(optimizer: torch.optim.Optimizer) -> bool:
-    """Give torch's fused SGD the momentum buffers that its first step would make uninitialised.
-
-    Were that step skipped it would keep them so. Zeros do as well, but for dampening, which spares
-    the first gradient: False then, and the step is decided on the host.
-    """
-    if not isinstance(optimizer, torch.optim.SGD):
-        return True
-    for group in optimizer.param_groups:
-        if group["momentum"] == 0:
-            continue
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if p.grad is None or state.get("momentum_buffer") is not None:
-                continue
-            if group["dampening"] != 0:
-                return False
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-    return True

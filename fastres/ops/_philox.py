@@ -4,6 +4,9 @@ Philox 4x32-10, as tl.philox computes it in a kernel. Source: Salmon et al. 2011
 numbers: as easy as 1, 2, 3"; known answers in Random123's kat_vectors.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,9 +36,15 @@ def philox(
     Source: Salmon et al. 2011, doi:10.1145/2063384.2063405.
     """
     words = (seed, c0, c1, c2, c3)
-    if not torch.compiler.is_compiling():
-        return _rounds(*words)
     device = next(v.device for v in words if isinstance(v, Tensor))
+    if not torch.compiler.is_compiling():
+        if device.type != "cpu":
+            return _rounds(*words)
+        # The same rounds in NumPy: of a batch's few numbers PyTorch's calls would cost five times
+        # as much as the arithmetic.
+        arrays = (v.numpy() if isinstance(v, Tensor) else v for v in words)
+        w0, w1, w2, w3 = (torch.from_numpy(np.asarray(v)) for v in _rounds(*arrays))
+        return w0, w1, w2, w3
     tensors = (
         v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=device)
         for v in words
@@ -48,19 +57,18 @@ def philox_int(seed: int, c0: int, c1: int, c2: int, c3: int = 0) -> int:
     return int(_rounds(seed, c0, c1, c2, c3)[0])
 
 
-def _rounds(
-    seed: Words, c0: Words, c1: Words, c2: Words, c3: Words
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rounds(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any, Any]:
+    """Philox's ten rounds, of integers, or of int64 tensors or arrays among integers."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high2, low2 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3  # type: ignore[return-value]  # one tensor has spread to all by now
+    return c0, c1, c2, c3
 
 
-def _multiply(word: Words, multiplier: int) -> tuple[Words, Words]:
+def _multiply(word: Any, multiplier: int) -> tuple[Any, Any]:
     """The high and the low 32 bits of word * multiplier, both factors below 2^32.
 
     The product would pass 2^63, and what int64 does then is left to the compiler. With

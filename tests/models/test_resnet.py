@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tolerances import MODEL_RELATIVE
 
 from fastres.models import ResNet
-from fastres.ops import BatchNormReLU2d, MePropConv2d, StepGenerator, _register
+from fastres.ops import BatchNormReLU2d, MePropConv2d, StepGenerator, StochasticDepth, _register
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,9 @@ def test_a_dropped_unit_passes_its_shortcut_and_zero_gradients(
     """With p = 1 nothing but the stem, the shortcuts, their BatchNorms and the head is left."""
     model = ResNet(8, 4, block, num_classes=5, drop_prob=1.0, drop_mode=drop_mode)
     model = model.to(device)
-    for unit in model.units:
-        unit.drop.p = 1.0  # of the linear schedule the last alone has it
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 1.0  # of the linear schedule the last alone has it
     x = torch.randn(4, 3, 8, 8, device=device)
     model(x).square().sum().backward()
     for name, p in model.named_parameters():
