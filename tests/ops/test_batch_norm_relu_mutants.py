@@ -33,8 +33,10 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "y misses its last row": (
         "batch_norm_relu",
-        "ok = tile_mask(m < end, c_ok, M_AXIS)\n        x_offsets = tile_offsets(m, c, S,",
-        "ok = tile_mask(m < end - 1, c_ok, M_AXIS)\n        x_offsets = tile_offsets(m, c, S,",
+        "ok = tile_mask(m < end, c_ok, M_AXIS)\n"
+        "        x_offsets = tile_offsets(\n            m, c, S,",
+        "ok = tile_mask(m < end - 1, c_ok, M_AXIS)\n"
+        "        x_offsets = tile_offsets(\n            m, c, S,",
         CASE,
     ),
     "the moments miss the last partial": (
