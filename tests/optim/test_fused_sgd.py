@@ -221,6 +221,31 @@ def test_loading_fills_the_buffers_in_place(path: None, device: str) -> None:
         assert torch.equal(master, saved["state"][i]["master"])
 
 
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+def test_a_resumed_half_model_goes_on_bitwise(path: None, device: str, first: str) -> None:
+    """Its weights are the masters' roundings, whichever of the two is loaded first."""
+    params = parameters(device, torch.float16)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
+    set_grads(params, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    values = [p.detach().clone() for p in params]
+    others = [nn.Parameter(torch.zeros_like(p)) for p in params]
+    resumed = FusedSGD(others, lr=0.1, momentum=0.9)
+    for what in (first, "optimizer" if first == "model" else "model"):
+        if what == "optimizer":
+            resumed.load_state_dict(saved)
+        else:
+            with torch.no_grad():
+                for p, v in zip(others, values, strict=True):
+                    p.copy_(v)
+    for ps, o in ((params, optimizer), (others, resumed)):
+        set_grads(ps, 1)
+        o.step()
+    for a, b in zip(optimizer.masters(), resumed.masters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_their_own_way(
