@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastres.ops._dense import like, overlaps
+from fastres.ops._dense import check_grads, like, overlaps, send
 from fastres.optim import FusedSGD
+
+__all__ = ["device_of", "gradients", "has_buffers", "parameters", "send", "takes_tensors"]
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -29,6 +31,10 @@ def gradients(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tens
     grads: list[Tensor] = []
     out: list[Tensor] = []
     params = parameters(optimizer)
+    # Before any master is given a gradient to be filled.
+    found = [p.grad for p in params if p.grad is not None]
+    for device in {grad.device for grad in found}:
+        check_grads([grad for grad in found if grad.device == device], device)
     masters = optimizer.masters() if isinstance(optimizer, FusedSGD) else params
     for p, master in zip(params, masters, strict=True):
         if p.grad is None:
@@ -47,6 +53,17 @@ def gradients(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tens
             out.append(p.grad)
         grads.append(p.grad)
     return grads, out
+
+
+def takes_tensors(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether optimizer.step() itself takes the scale and found_inf, as tensors.
+
+    PyTorch's optimizers say so when they are made fused; a state that they load may undo it.
+    """
+    if isinstance(optimizer, FusedSGD):
+        return True
+    fused = all(group.get("fused", True) for group in optimizer.param_groups)
+    return fused and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def has_buffers(optimizer: torch.optim.Optimizer) -> bool:

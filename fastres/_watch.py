@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fastres.ops._dense import send
+
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -62,7 +64,7 @@ class WatchedStatistics:
             return  # no forward in training since: nothing changed
         for group in self._groups:
             statistics = group.statistics()
-            overflowed = found_inf.to(group.now.device, non_blocking=True) != 0
+            overflowed = send(found_inf, group.now.device) != 0
             torch._foreach_copy_(group.was_views, group.copies)
             torch._foreach_copy_(group.now_views, statistics)
             group.now.copy_(torch.where(overflowed, group.was, group.now))

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres._optimizers import device_of, gradients, has_buffers, parameters
+from fastres._optimizers import (
+    device_of,
+    gradients,
+    has_buffers,
+    parameters,
+    send,
+    takes_tensors,
+)
 from fastres._watch import WatchedStatistics
 from fastres.ops import unscale
 from fastres.optim import FusedSGD
@@ -54,10 +61,10 @@ class LossScaler:
         growth_interval: steps.
         enabled: False makes every method pass through: `scale` returns what it is given and `step`
             what optimizer.step() returns.
-        min_scale: the scale never backs off to less.
+        min_scale: the scale never backs off to less, nor to less than it begins with.
     Raises:
         AssertionError: a growth factor of 1 or less, a backoff factor of 1 or more, as GradScaler.
-        ValueError: init_scale or min_scale not above 0.
+        ValueError: another number out of range.
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
     """
 
@@ -81,15 +88,21 @@ class LossScaler:
                 raise AssertionError(f"The growth factor must be > 1.0, got {growth_factor}.")
             if backoff_factor >= 1.0:
                 raise AssertionError(f"The backoff factor must be < 1.0, got {backoff_factor}.")
-            for name, value in (("init_scale", init_scale), ("min_scale", min_scale)):
-                if not value > 0.0:
-                    raise ValueError(f"{name}: expected {name} > 0, got {value}")
+            for name, value in (
+                ("init_scale", init_scale),
+                ("backoff_factor", backoff_factor),
+                ("min_scale", min_scale),
+            ):
+                if not 0.0 < value < float("inf"):
+                    raise ValueError(f"{name}: expected a number above 0, got {value}")
+            if growth_interval < 1:
+                raise ValueError(f"growth_interval: expected 1 or more, got {growth_interval}")
         self._enabled = enabled
         self._init_scale = init_scale
         self._growth_factor = growth_factor
         self._backoff_factor = backoff_factor
         self._growth_interval = growth_interval
-        self._min_scale = min_scale
+        self._min_scale = min(min_scale, init_scale)
         self._init_growth_tracker = 0
         self._init_skipped = 0
         # On the device of the first loss, once there is one.
@@ -112,7 +125,7 @@ class LossScaler:
             if self._scale is None:
                 self._start(outputs.device)
             assert self._scale is not None
-            return outputs * self._scale.to(outputs.device, non_blocking=True)
+            return outputs * send(self._scale, outputs.device)
         if isinstance(outputs, Iterable):
             scaled = map(self._scaled, outputs)
             return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
@@ -183,7 +196,7 @@ class LossScaler:
             raise RuntimeError("unscale_() is being called after step(): call it before.")
         grads, out = gradients(optimizer)
         device = device_of(grads, scale)
-        found_inf, total = unscale(grads, scale.to(device, non_blocking=True), out=out, norm=norm)
+        found_inf, total = unscale(grads, send(scale, device), out=out, norm=norm)
         progress.found_inf = found_inf
         progress.stage = "unscaled"
         return total
@@ -220,8 +233,7 @@ class LossScaler:
                 "No inf checks were recorded for this optimizer: none of its parameters has a "
                 "gradient. Call scaler.scale(loss).backward() before step()."
             )
-        on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if on_device and has_buffers(optimizer):
+        if takes_tensors(optimizer) and has_buffers(optimizer):
             found_inf = self._step_on_device(optimizer, progress, scale, *args, **kwargs)
         else:
             if progress.stage == "ready":
@@ -251,7 +263,7 @@ class LossScaler:
             if isinstance(optimizer, FusedSGD):
                 optimizer.drop_master_grads()
             grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
-            scale = scale.to(device_of(grads, scale), non_blocking=True)
+            scale = send(scale, device_of(grads, scale))
             progress.found_inf, _ = unscale(grads, scale, write=False)
             given = scale if given is None else scale * given
         assert progress.found_inf is not None
@@ -274,7 +286,7 @@ class LossScaler:
             return
         scale, growth_tracker, skipped = self._started("update")
         found = [
-            progress.found_inf.to(scale.device, non_blocking=True)
+            send(progress.found_inf, scale.device)
             for progress in self._progress.values()
             if progress.found_inf is not None
         ]
@@ -372,6 +384,7 @@ class LossScaler:
                 "The source state dict is empty: it was saved from a disabled scaler."
             )
         self._init_scale = state_dict["scale"]
+        self._min_scale = min(self._min_scale, self._init_scale)
         self._growth_factor = state_dict["growth_factor"]
         self._backoff_factor = state_dict["backoff_factor"]
         self._growth_interval = state_dict["growth_interval"]

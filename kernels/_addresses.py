@@ -25,8 +25,11 @@ FP16 = tl.constexpr(1)
 BF16 = tl.constexpr(2)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# What a captured graph reads at every replay may never be freed: the tables, and the host memory
-# that the captured copies start from.
+# Pinned numbers that captured copies start from. A graph reads them, and the tables that it was
+# captured with, at every replay: neither is ever given back.
+SLAB = 1 << 17
+_slab: list[torch.Tensor] = []
+_slab_used = 0
 _captured: list[torch.Tensor] = []
 
 
@@ -90,12 +93,31 @@ def _send(numbers: Sequence[object], device: torch.device) -> torch.Tensor:
     """An int64 tensor on the device, without waiting for it."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64).to(device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    # A captured copy is of ordinary memory: pinning asks for events, which capture forbids.
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=not capturing)
-    if capturing:
-        _captured.append(host)
+    if _capturing(device):
+        return _send_captured(torch.tensor(numbers, dtype=torch.int64), device)
+    if not _slab:
+        _slab.append(torch.empty(SLAB, dtype=torch.int64, pin_memory=True))
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
     return host.to(device, non_blocking=True)
+
+
+def _send_captured(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same for a graph: from pinned memory that is there, since capture forbids to pin more."""
+    global _slab_used
+    end = _slab_used + numbers.numel()
+    if not _slab or end > SLAB:
+        raise RuntimeError(
+            "a CUDA graph captures this op only after a step outside of capture, and as long as "
+            f"its tables fit: {end} of {SLAB if _slab else 0} numbers"
+        )
+    host = _slab[0][_slab_used:end].view(numbers.shape).copy_(numbers)
+    _slab_used = end
+    _captured.append(host.to(device, non_blocking=True))
+    return _captured[-1]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:
@@ -103,18 +125,14 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _kept(found: torch.Tensor) -> torch.Tensor:
-    if found.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
-    return found
-
-
 def table(tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
     """int64 [T] on the device: each tensor's address, 0 where there is none."""
     if device.type == "meta":
         return torch.empty(len(tensors), dtype=torch.int64, device=device)
     addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    return _kept(_table(addresses, device, _stream(device)))
+    # What a graph's capture sends is there from its first replay on, and nobody else's.
+    send = _table.__wrapped__ if _capturing(device) else _table
+    return send(addresses, device, _stream(device))
 
 
 @functools.lru_cache(KEPT)
@@ -130,7 +148,8 @@ def blocks(
     fourth, fifth: a number for each tensor, which its rows end with.
     """
     key = tuple(sizes), tuple(fourth), tuple(fifth), BLOCK
-    return _kept(_blocks(*key, device, _stream(device)))
+    send = _blocks.__wrapped__ if _capturing(device) else _blocks
+    return send(*key, device, _stream(device))
 
 
 @functools.lru_cache(KEPT)

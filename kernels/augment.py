@@ -66,7 +66,7 @@ def _augment_fwd_kernel(
 
     if PADDING > 0 or FLIP:
         # Compiled graphs hand over an epoch of 1 as a constant.
-        counter = tl.to_tensor(epoch).to(tl.uint32)
+        counter = (tl.zeros([], tl.int64) + epoch).to(tl.uint32)
         top, left, mirror, _ = tl.philox(seed, image.to(tl.uint32), counter, STREAM, 0)
         if FLIP:
             w = tl.where((mirror >> 31) != 0, W - 1 - w, w)

@@ -40,7 +40,7 @@ def _draw(key_ptr, n, unit, WITH_RANK: tl.constexpr):
     """31 random bits for sample n, from key [3] int64: seed, step, rank."""
     seed, step = tl.load(key_ptr), tl.load(key_ptr + 1).to(tl.uint32)
     # Compiled graphs hand over a unit of 1 as a constant.
-    place = tl.to_tensor(unit).to(tl.int64)
+    place = tl.zeros([], tl.int64) + unit
     if WITH_RANK:
         place += tl.load(key_ptr + 2) * 65536
     word, _, _, _ = tl.philox(seed, n.to(tl.uint32), step, STREAM, place.to(tl.uint32))

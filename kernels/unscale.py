@@ -27,7 +27,7 @@ BLOCK_P = 512
 
 
 @triton.jit
-def _unscale_kernel(
+def _unscale_fwd_kernel(
     grads_ptr, outs_ptr, blocks_ptr, scale_ptr, found_inf_ptr, partial_ptr, ticket_ptr, norm_ptr,
     P, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def unscale_fwd(
     partial = scale.new_empty(P) if norm else None
     ticket = scale.new_zeros((), dtype=torch.int32) if norm else None
     launch_opaque(
-        _unscale_kernel, (P,),
+        _unscale_fwd_kernel, (P,),
         grads_table, outs_table, rows, scale, found_inf, partial, ticket, total if norm else None,
         P, BLOCK=_addresses.BLOCK, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
     )  # fmt: skip

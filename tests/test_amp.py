@@ -172,6 +172,31 @@ def test_the_scale_has_a_floor_and_skips_are_counted(path: None, device: str) ->
     assert int(scaler.skipped_in_a_row) == 0
 
 
+def test_a_scale_below_the_floor_is_its_own_floor(path: None, device: str) -> None:
+    params = parameters(device)
+    for scaler in (LossScaler(init_scale=0.25), LossScaler()):
+        optimizer = FusedSGD(params, lr=0.1)
+        scaler.load_state_dict(LossScaler(init_scale=0.25).state_dict())
+        for step, overflow in enumerate((False, True)):
+            backward(scaler, params, step, overflow)
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == 0.25
+
+
+def test_a_fused_optimizer_that_loads_a_state_and_is_fused_no_more(path: None, device: str) -> None:
+    """FusedSGD's state leaves it to torch.optim.SGD which of its loops to take."""
+    params = parameters(device)
+    optimizer, scaler = torch.optim.SGD(params, fused=True, **SGD), LossScaler()
+    optimizer.load_state_dict(FusedSGD(parameters(device), **SGD).state_dict())
+    before = [p.detach().clone() for p in params]
+    for step, overflow in enumerate((True, False)):
+        backward(scaler, params, step, overflow)
+        assert bool(scaler.step(optimizer)) is not overflow
+        scaler.update()
+        assert overflow == all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_unscale_measures_and_clips(path: None, device: str, dtype: torch.dtype) -> None:
     """The norm is clip_grad_norm_'s; clipped gradients are stepped by, half ones in fp32."""
@@ -348,8 +373,11 @@ def test_wrong_input_is_refused_in_words(device: str) -> None:
     for settings, error, words in (
         ({"growth_factor": 1.0}, AssertionError, "The growth factor must be > 1.0"),
         ({"backoff_factor": 1.0}, AssertionError, "The backoff factor must be < 1.0"),
-        ({"init_scale": 0.0}, ValueError, "init_scale: expected init_scale > 0, got 0.0"),
-        ({"min_scale": -1.0}, ValueError, "min_scale: expected min_scale > 0, got -1.0"),
+        ({"backoff_factor": 0.0}, ValueError, "backoff_factor: expected a number above 0, got 0"),
+        ({"init_scale": 0.0}, ValueError, "init_scale: expected a number above 0, got 0.0"),
+        ({"init_scale": float("inf")}, ValueError, "init_scale: expected .* above 0, got inf"),
+        ({"min_scale": -1.0}, ValueError, "min_scale: expected a number above 0, got -1.0"),
+        ({"growth_interval": 0}, ValueError, "growth_interval: expected 1 or more, got 0"),
         ({"init_scale": "cuda"}, ValueError, "takes no device"),
     ):
         with pytest.raises(error, match=words):
@@ -366,6 +394,13 @@ def test_wrong_input_is_refused_in_words(device: str) -> None:
         optimizer = make(embedding.parameters(), lr=0.1)
         with pytest.raises(ValueError, match="expected a dense gradient, got torch.sparse_coo"):
             scaler.step(optimizer)
+    halves = [nn.Parameter(torch.ones(2, device=device).half()) for _ in range(2)]
+    optimizer = FusedSGD(halves, lr=0.1)
+    halves[0].grad = torch.ones_like(halves[0])
+    halves[1].grad = torch.ones_like(halves[1]).to_sparse()
+    with pytest.raises(ValueError, match="expected a dense gradient"):
+        scaler.unscale_(optimizer)
+    assert all(master.grad is None for master in optimizer.masters())
     elsewhere = [nn.Parameter(torch.ones(2, device=d)) for d in (device, "meta")]
     for p in elsewhere:
         p.grad = torch.ones_like(p)

@@ -61,7 +61,7 @@ class Config:
     drop_schedule: Literal["uniform", "linear"] = "linear"
     """The same probability for every unit, or rising linearly to --drop-prob at the last."""
     meprop_ratio: float | None = None
-    """meProp: the share of each convolution's output gradient that is kept; the last layer's is."""
+    """meProp: the share kept of each convolution's output gradient; the last layer stays dense."""
     meprop_mode: Literal["row", "unified"] = "unified"
     """Keep the largest of each image, or the same channels for all."""
 

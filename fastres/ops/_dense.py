@@ -42,6 +42,11 @@ def row(t: Tensor) -> Tensor:
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
+def send(t: Tensor, device: torch.device) -> Tensor:
+    """t on a device, waiting for nothing, unless it is the host that will read it."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
 def check_grads(grads: Sequence[Tensor | None], device: torch.device) -> None:
     """Raise ValueError unless every gradient is dense (not sparse), floating and on the device."""
     for i, grad in enumerate(grads):

@@ -123,7 +123,7 @@ def check_share(k: int | None, ratio: float | None, mode: str) -> None:
         raise ValueError(f"k and ratio: expected one of the two, got {given}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
-    if k is not None and (isinstance(k, float) or k < 1):
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise ValueError(f"k: expected an integer of at least 1, got {k}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Words = int | Tensor
 
@@ -37,7 +38,9 @@ def philox(
     """
     words = (seed, c0, c1, c2, c3)
     device = next(v.device for v in words if isinstance(v, Tensor))
-    if not torch.compiler.is_compiling():
+    # A tracer or a fake tensor takes the registered op: it must not see through to the numbers.
+    plain = all(type(v) is Tensor for v in words if isinstance(v, Tensor))
+    if plain and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None:
         if device.type != "cpu":
             return _rounds(*words)
         # The same rounds in NumPy: of a batch's few numbers PyTorch's calls would cost five times

@@ -196,7 +196,8 @@ def meprop_conv2d(
 
 
 def _pair(name: str, v: int | tuple[int, ...], least: int) -> list[int]:
-    pair = [v, v] if isinstance(v, int) else [*v]
+    pair = [v] if isinstance(v, int) else [*v]
+    pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name}: expected one or two integers of at least {least}, got {v}")
     return pair

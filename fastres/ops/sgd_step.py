@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.ops._dense import check_grads, is_dense, row
+from fastres.ops._dense import check_grads, is_dense, row, send
 from fastres.ops._register import kernels, register_op, takes_kernels
 
 # Elements between the beginnings of two parameters are a multiple of this: 128-bit accesses.
@@ -241,11 +241,11 @@ def _learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Ten
         return lr, None
     if lr.device.type == "cpu" != device.type:
         return float(lr), None  # it is there to be read: nothing waits
-    return 0.0, lr.to(device, non_blocking=True)
+    return 0.0, send(lr, device)
 
 
 def _scalar(t: Tensor, device: torch.device) -> Tensor:
-    return t.to(device, torch.float32, non_blocking=True)
+    return send(t, device).float()
 
 
 def _check(

@@ -21,6 +21,9 @@ class StepGenerator:
             steps.set_step(step)
             ...
 
+    A deep copy of a model draws from a copy of its StepGenerator, which no set_step of the original
+    reaches: give the copy's units one of their own.
+
     Args:
         seed: of the run, 64 bits.
         rank: of this process, 0 <= rank < 65,536.
@@ -35,13 +38,16 @@ class StepGenerator:
             raise ValueError(f"rank: expected 0 <= rank < 65536, got {rank}")
         self.seed, self.rank = seed, rank
         self._units: list[UnitGenerator] = []
-        self._key = torch.tensor([seed, 0, rank])
+        self._step = 0
+        self._keys = {torch.device("cpu"): torch.tensor([seed, 0, rank])}
 
     def set_step(self, step: int) -> None:
-        """Every unit's next draw is that of this step, 0 <= step < 2**32; one launch."""
+        """Every unit's next draw is that of this step, 0 <= step < 2**32; a launch a device."""
         if not 0 <= step < 1 << 32:
             raise ValueError(f"step: expected 0 <= step < 2**32, got {step}")
-        self._key[1:2].fill_(step)
+        self._step = step
+        for key in self._keys.values():
+            key[1:2].fill_(step)
         for unit in self._units:
             unit.set_step(self.seed, step)
 
@@ -58,14 +64,15 @@ class StepGenerator:
         if len(self._units) == _UNITS:
             raise ValueError(f"a StepGenerator has at most {_UNITS} units")
         self._units.append(UnitGenerator(self, len(self._units), p))
-        self._units[-1].set_step(self.seed, int(self._key[1]))
+        self._units[-1].set_step(self.seed, self._step)
         return self._units[-1]
 
     def key(self, device: torch.device) -> Tensor:
-        """int64 [3]: seed, step, rank."""
-        if self._key.device != device:
-            self._key = self._key.to(device)
-        return self._key
+        """int64 [3] on a device: seed, step, rank."""
+        if device not in self._keys:
+            host = self._keys[torch.device("cpu")]
+            self._keys[device] = host.to(device, non_blocking=device.type != "cpu")
+        return self._keys[device]
 
 
 class UnitGenerator:

@@ -131,6 +131,8 @@ class FusedSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a FusedSGD or of a torch.optim.SGD, into the buffers that there are."""
+        for group in state_dict["param_groups"]:
+            _check_group(group)  # first, so that a state that does not fit changes nothing
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype: fp32 state of half-precision
         # parameters is taken from the source.
@@ -191,10 +193,10 @@ def _check_group(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr: expected a tensor of one element, got {list(lr.shape)}")
-    elif lr < 0.0:
+    elif not 0.0 <= lr < float("inf"):
         raise ValueError(f"lr: expected lr >= 0, got {lr}")
     for name in ("momentum", "weight_decay"):
-        if group[name] < 0.0:
+        if not 0.0 <= group[name] < float("inf"):
             raise ValueError(f"{name}: expected {name} >= 0, got {group[name]}")
     if group["dampening"] != 0:
         raise ValueError(

@@ -35,7 +35,7 @@ def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Monkey
 GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3x3": ((2, 3, 5, 6), (8, 3, 3, 3), {"padding": 1}),
     "3x3 stride 2": ((2, 3, 6, 5), (8, 3, 3, 3), {"padding": (1, 0), "stride": 2}),
-    "1x1": ((3, 4, 3, 3), (6, 4, 1, 1), {}),
+    "1x1": ((3, 4, 3, 3), (6, 4, 1, 1), {"stride": (1,)}),
     "dilated": ((2, 2, 7, 7), (5, 2, 3, 2), {"dilation": (2, 1), "padding": "same"}),
     "same, even": ((1, 2, 4, 5), (5, 2, 2, 4), {"padding": "same"}),
     "valid": ((2, 2, 4, 5), (5, 2, 2, 4), {"padding": "valid", "stride": (1, 2)}),
@@ -282,7 +282,13 @@ def test_wrong_input_is_refused_in_words(
 
 @pytest.mark.parametrize(
     ("share", "words"),
-    [({}, "got neither"), ({"k": 9}, "1 <= k <= 8"), ({"ratio": 2.0}, "0 < ratio <= 1")],
+    [
+        ({}, "got neither"),
+        ({"k": 9}, "1 <= k <= 8"),
+        ({"k": "3"}, "k: expected an integer of at least 1, got 3"),
+        ({"k": True}, "k: expected an integer of at least 1, got True"),
+        ({"ratio": 2.0}, "0 < ratio <= 1"),
+    ],
 )
 def test_the_module_refuses_at_construction(share: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

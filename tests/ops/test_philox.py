@@ -9,6 +9,8 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.augment_equality import SEEDS, python_philox
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastres.ops._philox import philox
 
@@ -98,3 +100,21 @@ def test_is_tritons_and_the_papers(device: str, seed: int, draws: int) -> None:
 def test_opcheck() -> None:
     args = (torch.tensor(5), torch.arange(4), *(torch.tensor(c) for c in (3, 1, 0)))
     torch.library.opcheck(torch.ops.fastres.philox.default, args)
+
+
+@pytest.mark.parametrize("seed", [5, -(2**62)])
+def test_a_tracer_sees_the_draw_and_not_its_numbers(seed: int) -> None:
+    """A draw that became a constant of a graph would be drawn once and for all."""
+
+    def draw(key: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return philox(key[0], n, key[1], 3)[0]
+
+    n = torch.arange(4)
+    with FakeTensorMode() as mode:
+        fake = draw(mode.from_tensor(torch.tensor([seed, 1])), mode.from_tensor(n))
+    assert fake.shape == (4,) and fake.dtype == torch.int64
+    graph = make_fx(draw)(torch.tensor([seed, 1]), n)
+    for step in (1, 2):
+        key = torch.tensor([seed, step])
+        assert torch.equal(graph(key, n), draw(key, n))
+    assert not torch.equal(graph(torch.tensor([seed, 1]), n), graph(key, n))

@@ -321,6 +321,7 @@ def _wrong() -> list[tuple[dict[str, Any], str]]:
     base = torch.ones(6)
     return [
         ({"lr": -1.0}, "lr: expected lr >= 0, got -1.0"),
+        ({"lr": float("nan")}, "lr: expected lr >= 0, got nan"),
         ({"lr": torch.ones(2)}, r"lr: expected a tensor of one element, got \[2\]"),
         ({"momentum": -0.1}, "momentum: expected momentum >= 0, got -0.1"),
         ({"weight_decay": -0.1}, "weight_decay: expected weight_decay >= 0, got -0.1"),
@@ -342,6 +343,14 @@ def test_wrong_input_is_refused_in_words(change: dict[str, Any], words: str) -> 
     right: dict[str, Any] = {"params": [torch.ones(2)], "lr": 0.1}
     with pytest.raises(ValueError, match=words):
         FusedSGD(**(right | change))
+
+
+def test_a_state_that_is_refused_changes_nothing(device: str) -> None:
+    optimizer = FusedSGD(parameters(device), lr=0.1)
+    other = torch.optim.SGD(parameters(device), lr=0.5, momentum=0.9, dampening=0.5)
+    with pytest.raises(ValueError, match="dampening: FusedSGD has none, got 0.5"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["dampening"] == 0
 
 
 def test_a_group_that_is_refused_changes_nothing(device: str) -> None:

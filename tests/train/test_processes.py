@@ -199,17 +199,23 @@ def test_an_error_is_one_line_and_leaves_none_hanging(tmp_path: Path) -> None:
     assert len(said) == 1 and "cannot be written" in said[0]
 
 
-def test_best_with_every_op_on_four_processes(tmp_path: Path) -> None:
-    """train/best.toml and meProp: BatchNorm, stochastic depth, loss scaling and sparse backward."""
+@pytest.mark.parametrize("mode", ["batch", "subset"])
+def test_best_with_every_op_on_four_processes(mode: str, tmp_path: Path) -> None:
+    """train/best.toml and meProp: BatchNorm, stochastic depth, loss scaling and sparse backward.
+
+    "batch", best.toml's own, leaves stochastic_depth_add nothing to do; "subset" takes it too.
+    """
     best = ROOT / "train" / "best.toml"
     flags = ["--config", str(best), "--meprop-ratio", "0.5", "--dataset", "synthetic"]
     flags += ["--image-size", "8", "--device", "cpu", "--width", "4", "--train-size", "48"]
     flags += ["--batch-size", "16", "--epochs", "5", "--eval-every", "5", "--out", str(tmp_path)]
+    flags += [] if mode == "batch" else ["--drop-mode", mode]
     status, out, err = run(4, flags)
     assert status == 0, err
     assert "4 process(es)" in out
     for words in ("batch_norm_relu (19", "meprop_conv2d (21", "unscale, sgd_step", "p = 0.5 unif"):
         assert words in out, out
+    assert ("stochastic_depth_add (9 layers)" in out) == (mode == "subset")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 5 and all(record["skipped_steps"] < 3 for record in records)
     assert records[-1]["loss"] < 3
