@@ -39,8 +39,7 @@ def philox(
     words = (seed, c0, c1, c2, c3)
     device = next(v.device for v in words if isinstance(v, Tensor))
     # A tracer or a fake tensor takes the registered op: it must not see through to the numbers.
-    plain = all(type(v) is Tensor for v in words if isinstance(v, Tensor))
-    if plain and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None:
+    if is_plain(*words):
         if device.type != "cpu":
             return _rounds(*words)
         # The same rounds in NumPy: of a batch's few numbers PyTorch's calls would cost five times
@@ -53,6 +52,12 @@ def philox(
         for v in words
     )
     return torch.ops.fastres.philox.default(*tensors)
+
+
+def is_plain(*values: Words) -> bool:
+    """Whether tensors hold numbers to look at: nobody traces, compiles, fakes or counts."""
+    plain = all(type(v) is Tensor for v in values if not isinstance(v, int))
+    return plain and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
 def philox_int(seed: int, c0: int, c1: int, c2: int, c3: int = 0) -> int:

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastres.ops._philox import is_plain
 from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.step_generator import UnitGenerator, draws, threshold
 
 Mode = Literal["batch", "row", "subset"]
@@ -181,9 +183,15 @@ def stochastic_depth_add(
 
 
 def _add_kept(branch: Tensor, shortcut: Tensor, kept: Tensor, scale: float) -> Tensor:
-    """The CPU's path, kept: bool [N] or [1]. The choice comes first: its backward is cheaper so."""
-    branch = torch.where(kept[:, None, None, None], branch, 0.0)
-    return torch.add(shortcut, branch, alpha=scale)
+    """The CPU's path, which does not read what is dropped either. kept: bool [N] or [1]."""
+    if not is_plain(branch, shortcut, kept):
+        # A graph has no room for a number of samples that only the draw tells.
+        branch = torch.where(kept[:, None, None, None], branch, 0.0)
+        return torch.add(shortcut, branch, alpha=scale)
+    if bool(kept.all()):
+        return torch.add(shortcut, branch, alpha=scale)
+    index = kept.expand(branch.shape[0]).nonzero()[:, 0]
+    return add_samples(shortcut, index, take_samples(branch, index), scale)
 
 
 def subset_size(samples: int, p: float) -> int:
@@ -238,12 +246,7 @@ def add_subset(
         )
     if source is position:
         return _add_kept(branch, shortcut, position >= 0, scale)
-    # Over NHWC memory seen as [N, H, W, C], a sample is one run of elements.
-    order = (0, 2, 3, 1) if shortcut.is_contiguous(memory_format=torch.channels_last) else None
-    if order is None:
-        return shortcut.index_add(0, source, branch, alpha=scale)
-    y = shortcut.permute(order).index_add(0, source, branch.permute(order), alpha=scale)
-    return y.permute(0, 3, 1, 2)
+    return add_samples(shortcut, source, branch, scale)
 
 
 def key_of(generator: Generator, device: torch.device) -> tuple[Tensor, int]:
