@@ -19,7 +19,7 @@ MUTANTS = {
     "never crops at the far edge": ("top, 2 * PADDING + 1)", "top, 2 * PADDING)"),
     "loses a row": ("(h < rows)", "(h < rows - 1)"),
     "loses a column": ("(w >= 0)", "(w > 0)"),
-    "ignores the epoch": ("tl.to_tensor(epoch)", "tl.to_tensor(epoch * 0)"),
+    "ignores the epoch": ("tl.zeros([], tl.int64) + epoch", "tl.zeros([], tl.int64)"),
     "leaves the last tile unwritten": ("mask=ok)\n", "mask=ok & (element < BLOCK))\n"),
     "takes red for every channel": ("element % C\n", "element % C * 0\n"),
     "drops the small part of 1/255": (" + pixel * LOW", ""),
