@@ -12,6 +12,7 @@ import pytest
 import torch
 from config import parse
 from main import load_data, main
+from ops.gradient_lists import ReadsOnTheHost
 from trainer import Trainer
 from workers import Workers
 
@@ -140,6 +141,36 @@ def test_an_overflow_is_skipped_and_recovered_from() -> None:
             break
     assert stepped and int(scaler.skipped_in_a_row) == 0
     assert not torch.equal(trainer.model.fc.weight, before["fc.weight"])
+
+
+def test_a_step_reads_nothing_on_the_host() -> None:
+    """Every method at once: what a GPU computes, the host would have to wait for."""
+    trainer = trainer_of([*TINY, *METHODS["all"]])
+    trainer.network.train()
+    index = torch.arange(12)
+    trainer.train_step(index, 0)
+    before = trainer.model.fc.weight.detach().clone()
+    with ReadsOnTheHost():  # raises
+        loss, stepped = trainer.train_step(index, 1)
+    assert loss.isfinite() and stepped is not None and bool(stepped)
+    assert not torch.equal(trainer.model.fc.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_a_gpu(method: str) -> None:
+    config = parse([*TINY, *METHODS[method], "--device", "cuda"])
+    device = torch.device("cuda")
+    trainer = Trainer(config, Workers(0, 1, 0, device), load_data(config).to(device))
+    trainer.network.train()
+    index = torch.arange(12, device=device)
+    for step in range(3):
+        trainer.train_step(index, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(index, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing_but_overflows_stops_the_run_in_words(
