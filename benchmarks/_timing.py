@@ -29,11 +29,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: the median, and the 20th and 80th percentile around it."""
+    """Milliseconds: the median of n repeats, and the 20th and 80th percentile around it."""
 
     median_ms: float
     low_ms: float
     high_ms: float
+    n: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,9 +43,8 @@ class Timing:
 def percentiles(times_ms: Sequence[float]) -> Timing:
     ordered = sorted(times_ms)
     last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
-    )
+    low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return Timing(statistics.median(ordered), low, high, len(ordered))
 
 
 def time_op(fn: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
@@ -56,17 +56,15 @@ def time_op(fn: Callable[[], Any], device: torch.device, seconds: float) -> Timi
         return time_wall(fn, seconds)
     from triton.testing import do_bench
 
-    quantiles = do_bench(
-        fn, warmup=max(int(250 * seconds), 1), rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8]
-    )
-    return Timing(*quantiles)
+    warmup = max(int(250 * seconds), 1)
+    return percentiles(do_bench(fn, warmup, rep=int(1000 * seconds), return_mode="all"))
 
 
 def time_graph(fn: Callable[[], Any], seconds: float) -> Timing:
     """Time one op on a GPU inside a CUDA graph: no launch cost, and a warm L2 cache."""
     from triton.testing import do_bench_cudagraph
 
-    return Timing(*do_bench_cudagraph(fn, rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8]))
+    return percentiles(do_bench_cudagraph(fn, rep=int(1000 * seconds), return_mode="all"))
 
 
 def time_wall(fn: Callable[[], Any], seconds: float) -> Timing:

@@ -1,0 +1,35 @@
+"""What the command line of every benchmark has in common."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import failures, results, save
+
+
+def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
+    """--device, --small and --json for all; --seconds of timing a figure where they are given."""
+    head, _, rest = (doc or "").partition("\n")
+    made = argparse.ArgumentParser(
+        description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    made.add_argument("--small", action="store_true", help="toy size, to see that it works")
+    if seconds is not None:
+        made.add_argument("--seconds", type=float, default=seconds, help="of timing, a figure")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    return made
+
+
+def finish(benchmark: str, args: argparse.Namespace, content: dict[str, Any]) -> int:
+    """Save what was found where --json names a file; the exit status, 1 where a row failed."""
+    if args.json:
+        save(args.json, results(benchmark, small=args.small, **content))
+    failed = failures(content.get("rows", ()))
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return int(bool(failed))
