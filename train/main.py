@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import report
+import records
 import torch
 from config import Config, parse
 from errors import TrainError
@@ -144,7 +144,7 @@ def train(config: Config, workers: Workers) -> None:
             f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
             f"evenly; choose a multiple of {workers.world_size}"
         )
-    workers.together(lambda: report.make_out(config.out_dir) if workers.leads else None)
+    workers.together(lambda: records.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
     workers.agree(None if state is None else state["epoch"], "the checkpoint's epoch in --out")
     data = workers.leader_first(lambda: load_data(config)).to(workers.device)
@@ -160,18 +160,18 @@ def train(config: Config, workers: Workers) -> None:
     describe(config, workers, data, trainer, state)
 
     out, done = config.out_dir, trainer.epoch
-    metrics = report.Metrics(out / report.METRICS)
+    metrics = records.Metrics(out / records.METRICS)
 
     def open_out() -> None:
         if workers.leads:
             metrics.keep_until(done)
-            report.write_json(out / report.CONFIG, config.as_dict())
+            records.write_json(out / records.CONFIG, config.as_dict())
 
     workers.together(open_out)
-    progress = report.Progress(
+    progress = records.Progress(
         trainer.steps_per_epoch, config.batch_size, config.epochs, done, workers.leads
     )
-    accuracies: report.Record = {}
+    accuracies: records.Record = {}
     training_started = time.perf_counter()
     while trainer.epoch < config.epochs:
         progress.epoch(trainer.epoch + 1)
@@ -184,7 +184,7 @@ def train(config: Config, workers: Workers) -> None:
         seconds_each = (time.perf_counter() - training_started) / (trainer.epoch - done)
         if workers.leads:
             left = seconds_each * (config.epochs - trainer.epoch)
-            progress.line(report.epoch_line(record, config.epochs, left))
+            progress.line(records.epoch_line(record, config.epochs, left))
     progress.close()
     if trainer.epoch == done:
         workers.say(f"nothing to train: {out} is at epoch {done} of {config.epochs}")
@@ -196,11 +196,11 @@ def train(config: Config, workers: Workers) -> None:
 
 
 def keep(
-    record: report.Record,
+    record: records.Record,
     config: Config,
     workers: Workers,
     trainer: Trainer,
-    metrics: report.Metrics,
+    metrics: records.Metrics,
 ) -> None:
     """Write an epoch's record, then the checkpoint: a resume takes back records that run ahead."""
     if workers.leads:
@@ -213,8 +213,8 @@ def finish(
     config: Config,
     workers: Workers,
     data: Splits,
-    metrics: report.Metrics,
-    accuracies: report.Record,
+    metrics: records.Metrics,
+    accuracies: records.Record,
     epochs: int,
     seconds: float,
 ) -> None:
@@ -223,7 +223,7 @@ def finish(
         return
     out = config.out_dir
     title = f"{config.block} ResNet-{config.depth} on {data.name}"
-    report.draw_curve(out / report.CURVE, metrics.records, title)
+    records.draw_curve(out / records.CURVE, metrics.records, title)
     training = sum(record["seconds"] for record in metrics.records)
     summary = {
         "data": data.name,
@@ -236,14 +236,14 @@ def finish(
         "torch": torch.__version__,
         "config": config.as_dict(),
     }
-    report.write_json(out / report.SUMMARY, summary)
+    records.write_json(out / records.SUMMARY, summary)
     print(
         f"test accuracy {accuracies['test_accuracy']:.2f} %  "
         f"(dev {accuracies['dev_accuracy']:.2f} %, train {accuracies['train_accuracy']:.2f} %) "
         f"after {training:.0f} s of training, {seconds:.0f} s in all"
     )
-    names = {"metrics": report.METRICS, "checkpoint": checkpoint.NAME, "curve": report.CURVE}
-    for what, name in (names | {"summary": report.SUMMARY}).items():
+    names = {"metrics": records.METRICS, "checkpoint": checkpoint.NAME, "curve": records.CURVE}
+    for what, name in (names | {"summary": records.SUMMARY}).items():
         print(f"{what:<10} {out / name}")
     sys.stdout.flush()
 

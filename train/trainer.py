@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from config import Config
 from errors import TrainError
-from report import Progress, Record
+from records import Progress, Record
 from schedule import lr_factor
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
