@@ -10,7 +10,7 @@ from _results import failures, results, save
 
 
 def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
-    """--device, --small and --json for all; --seconds of timing a figure where they are given."""
+    """--device, --small, --minutes, --json; --seconds of timing a figure where they are given."""
     head, _, rest = (doc or "").partition("\n")
     made = argparse.ArgumentParser(
         description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -21,6 +21,9 @@ def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentPa
     made.add_argument("--small", action="store_true", help="toy size, to see that it works")
     if seconds is not None:
         made.add_argument("--seconds", type=float, default=seconds, help="of timing, a figure")
+    made.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no measurement after these"
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     return made
 

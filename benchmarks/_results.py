@@ -8,6 +8,7 @@ the machine or of the time met it, `failed` where something is wrong.
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -32,7 +33,9 @@ class WrongResult(Exception):
 
 def results(benchmark: str, **content: Any) -> dict[str, Any]:
     """The head of a file of results, and its content."""
-    command = " ".join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *sys.argv[1:]])
+    # Where folders lie on the machine that measured is nobody else's business.
+    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in sys.argv[1:]]
+    command = shlex.join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *flags])
     return {"format": FORMAT, "benchmark": benchmark, "command": command} | environment() | content
 
 

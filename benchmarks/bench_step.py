@@ -1,127 +1,224 @@
 """Time the whole training step, from augmentation to optimizer, beside its peers.
 
-    python benchmarks/bench_step.py                      every peer, batch 128 and 1024
-    python benchmarks/bench_step.py --ratio 15           fused over eager channels_last, interleaved
+python benchmarks/bench_step.py                 every peer, batch 128 and 1024
+python benchmarks/bench_step.py --sweep         batch 64 to 4096, depth 20 to 122, width 16 and 64
+python benchmarks/bench_step.py --cold          seconds to the first step, with no kernel built yet
+python benchmarks/bench_step.py --ratio 15      fused over eager channels_last, interleaved
 
-Every provider takes the same data path and optimizer; they differ in the network and in how
-PyTorch runs it. On a GPU the mixed-precision ones use fp16 with loss scaling.
+The sizes are swept one at a time, from the first that each list names; how time grows with each is
+fitted and printed. Beside each time stands the roofline of that size (see _roofline.py), from the
+copy bandwidth and the matrix rate of this machine, measured in the same run.
 """
 
 import argparse
-import itertools
-import json
+import gc
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment
+from _growth import exponents
+from _growth import text as growth_text
+from _program import finish, parser
+from _results import Row, WrongResult, measured
+from _roofline import Ceilings, ceilings, roofline, work
 from _timing import Clock, time_wall
+from _training_step import Step, make_step, needs, providers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+from fastres.data import Splits, split, synthetic
 
-from config import Config  # noqa: E402  # found by the line above
-from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
-from workers import Workers  # noqa: E402  # as above
-
-from fastres.data import Splits, split, synthetic  # noqa: E402  # as above
-
-
-def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | None]]:
-    """Settings of the run, and torch.compile's mode, by name; the report's baseline first."""
-    half = "fp16" if device.type == "cuda" else "fp32"  # halves are 10 times slower on a CPU
-    amp: dict[str, Any] = {"precision": half}
-    every: dict[str, tuple[dict[str, Any], str | None]] = {
-        "eager fp32 NCHW": ({"channels_last": False}, None),
-        f"eager {half} channels_last": (amp, None),
-        f"compile {half} channels_last": (amp, "default"),
-        f"fused {half} channels_last": (amp | {"fused": True}, None),
-        f"fused compile {half} channels_last": (amp | {"fused": True}, "default"),
-    }
-    if device.type == "cuda":
-        every[f"compile reduce-overhead {half} channels_last"] = (amp, "reduce-overhead")
-        every[f"fused compile reduce-overhead {half} channels_last"] = (
-            amp | {"fused": True}, "reduce-overhead",
-        )  # fmt: skip
-    return every
-
-
-def make_step(
-    device: torch.device, data: Splits, settings: dict[str, Any], mode: str | None, **model: Any
-) -> Callable[[], Any]:
-    """The training steps of a run with these settings, one a call, on the same images each time."""
-    config = Config(dataset="synthetic", **settings, **model)
-    set_precision_and_determinism(config)
-    trainer = Trainer(config, Workers(0, 1, 0, device), data)
-    if mode is not None:
-        trainer.model.compile(mode=mode, dynamic=False)
-    trainer.network.train()
-    index = torch.arange(config.batch_size, device=device)
-    number = itertools.count()
-
-    def step() -> Any:
-        if mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        loss, _ = trainer.train_step(index, next(number))
-        return loss
-
-    return step
+_BATCH_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+_DEPTHS = (20, 56, 110, 122)
+_WIDTHS = (16, 64)
+_SETTLED = "first step after"
 
 
 def bench(
-    device: torch.device, batch_sizes: list[int], seconds: float, clock: Clock, **model: Any
-) -> list[dict[str, Any]]:
-    """Images/s of every provider at every batch size, with what the peers reach beside it."""
-    data = split(synthetic(max(batch_sizes), 20)).to(device)
-    rows: list[dict[str, Any]] = []
-    for batch_size in batch_sizes:
+    device: torch.device, sizes: list[Row], seconds: float, clock: Clock, only: str = ""
+) -> dict[str, Any]:
+    """Every provider at all sizes; a row each, and how time grows where two sizes or more tell.
+
+    sizes: batch_size, depth and width of each. only: a part of the providers' names.
+    """
+    roof = ceilings(device, min(seconds, 0.5), small=seconds < 0.05)
+    rates = ", ".join(f"{name} {rate:,.1f} TFLOP/s" for name, rate in roof.tflops.items())
+    print(f"ceilings: copy {roof.copy_gb_per_s:,.0f} GB/s, {rates}", flush=True)
+    data = split(synthetic(max(size["batch_size"] for size in sizes), 20)).to(device)
+    rows: list[Row] = []
+    for size in sizes:
+        wanted: float | None = None
+        begun = False
         for name, (settings, mode) in providers(device).items():
-            # A cold compile of the whole network is what takes long.
-            if not clock.has(60 if mode else 10, f"batch {batch_size} {name}"):
-                rows.append({"provider": name, "batch_size": batch_size, "skipped": "out of time"})
+            if only not in name:
                 continue
-            torch.compiler.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            step = make_step(device, data, settings | {"batch_size": batch_size}, mode, **model)
-            started = time.perf_counter()
-            for _ in range(3 if device.type == "cpu" else 10):
-                loss = step()
-            first = time.perf_counter() - started
-            timing = time_wall(step, seconds)
-            rate = 1000 * batch_size / timing.median_ms
-            row = {
-                "provider": name, "batch_size": batch_size, "images_per_second": rate,
-                **timing.as_dict(), "warmup_seconds": first, "loss": float(loss),
-            }  # fmt: skip
-            if device.type == "cuda":
-                row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-            rows.append(row)
-            print(
-                f"batch {batch_size:<5} {name:45} {rate:12,.0f} images/s "
-                f"{timing.median_ms:9.3f} ms [{timing.low_ms:.3f}, {timing.high_ms:.3f}]",
-                flush=True,
-            )
-    return rows
+            about = {"provider": name, "compiled": mode, **size}
+            # A cold compile of the whole network is what takes long.
+            if not clock.has(60 if mode else 10, f"{name} {_words(size)}"):
+                rows.append(about | {"not_measured": "out of time"})
+                continue
+            if not begun:
+                wanted, begun = _first_loss(device, data, size), True
+            sized = settings | {"batch_size": size["batch_size"]}
+            measure = partial(_measure, device, data, sized, mode, size, seconds, roof, wanted)
+            rows.append(measured(about, measure))
+            if "median_ms" in rows[-1]:
+                print(_text(rows[-1]), flush=True)
+    growth = exponents(rows)
+    for line in growth:
+        print(growth_text(line))
+    return {"ceilings": roof.as_dict(), "rows": rows, "growth": growth}
 
 
-def ratio(device: torch.device, pairs: int, batch_size: int, **model: Any) -> dict[str, Any]:
+def _measure(
+    device: torch.device,
+    data: Splits,
+    settings: dict[str, Any],
+    mode: str | None,
+    size: Row,
+    seconds: float,
+    roof: Ceilings,
+    wanted: float | None,
+) -> Row:
+    torch.compiler.reset()
+    _free(device)
+    depth, width = size["depth"], size["width"]
+    step = make_step(device, data, settings, mode, depth=depth, width=width)
+    started = time.perf_counter()
+    first = float(step())
+    # NaN is no loss either. Half precision moves the loss of such a network by 0.1 %.
+    if wanted is not None and not abs(first / wanted - 1) < 0.02:
+        raise WrongResult
+    for _ in range(2 if device.type == "cpu" else 9):
+        loss = step()
+    last = float(loss)
+    warmup = time.perf_counter() - started
+    timing = time_wall(step, seconds)
+    precision = settings.get("precision", "fp32")
+    least = roofline(work(size["batch_size"], depth, width), precision, roof)
+    return {
+        "precision": precision,
+        "images_per_second": 1000 * size["batch_size"] / timing.median_ms,
+        **timing.as_dict(),
+        **least,
+        "share_of_roofline": float(least["roofline_ms"]) / timing.median_ms,
+        **needs(step),
+        "warmup_seconds": warmup,
+        "checked": wanted is not None,
+        "loss": last,
+    }
+
+
+def _first_loss(device: torch.device, data: Splits, size: Row) -> float | None:
+    """What every provider's first step must find; None where the plain model's memory runs out."""
+    _free(device)
+    settings = {"batch_size": size["batch_size"]}
+    try:
+        step = make_step(device, data, settings, None, depth=size["depth"], width=size["width"])
+        return float(step())
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _free(device: torch.device) -> None:
+    """What the case before has left would be counted, or be missing, in the next one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _words(size: Row) -> str:
+    return " ".join(f"{name} {value}" for name, value in size.items())
+
+
+def _text(row: Row) -> str:
+    text = (
+        f"B={row['batch_size']:<5} depth={row['depth']:<4} width={row['width']:<3} "
+        f"{row['provider']:45} {row['images_per_second']:11,.0f} images/s "
+        f"{row['median_ms']:9.3f} ms [{row['low_ms']:.3f}, {row['high_ms']:.3f}] "
+        f"{row['share_of_roofline']:6.1%} of roofline, saves {row['saved_bytes'] / 2**20:,.1f} MiB"
+    )
+    if "kernels" in row:
+        text += (
+            f", peak {row['peak_memory_bytes'] / 2**20:,.0f} MiB, {row['kernels']} kernels by "
+            f"{row['launches']} launches, host {row['host_ms']:.3f} ms"
+        )
+    return text
+
+
+def swept(batch_sizes: list[int], depths: list[int], widths: list[int]) -> list[Row]:
+    """Each list in turn, the others at their first."""
+    points = [(b, depths[0], widths[0]) for b in batch_sizes]
+    points += [(batch_sizes[0], d, widths[0]) for d in depths]
+    points += [(batch_sizes[0], depths[0], w) for w in widths]
+    return [{"batch_size": b, "depth": d, "width": w} for b, d, w in dict.fromkeys(points)]
+
+
+def cold(device: torch.device, size: Row, clock: Clock, only: str = "") -> dict[str, Any]:
+    """Seconds from a process's start to its first finished step, every kernel still to be built."""
+    rows: list[Row] = []
+    for name, (_, mode) in providers(device).items():
+        if only not in name:
+            continue
+        about = {"provider": name, "compiled": mode, **size}
+        if not clock.has(90 if mode else 20, f"cold start of {name}"):
+            rows.append(about | {"not_measured": "out of time"})
+            continue
+        rows.append(measured(about, partial(_cold_start, device, size, name)))
+        if "seconds" in rows[-1]:
+            print(f"{name:45} first step after {rows[-1]['seconds']:.1f} s", flush=True)
+    return {"rows": rows}
+
+
+def _cold_start(device: torch.device, size: Row, provider: str) -> Row:
+    flags = [f for key, value in size.items() for f in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, str(Path(__file__)), "--first-step", provider, *flags]
+    command += ["--device", str(device)]
+    with tempfile.TemporaryDirectory() as empty:
+        places = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+        env = os.environ | {place: f"{empty}/{place}" for place in places}
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stderr is not None
+        settled = any(line.startswith(_SETTLED) for line in process.stdout)
+        seconds = time.perf_counter() - start
+        said = process.stderr.read()
+        process.wait()
+    if not settled:
+        raise RuntimeError((said.strip().splitlines() or ["no step was finished"])[-1])
+    return {"seconds": seconds}
+
+
+def first_step(device: torch.device, provider: str, size: Row) -> None:
+    """One step in a process of its own; its parent holds the clock."""
+    settings, mode = providers(device)[provider]
+    data = split(synthetic(size["batch_size"], 20)).to(device)
+    settings = settings | {"batch_size": size["batch_size"]}
+    step = make_step(device, data, settings, mode, depth=size["depth"], width=size["width"])
+    print(f"{_SETTLED} this, loss {float(step()):.3f}", flush=True)
+
+
+def ratio(device: torch.device, pairs: int, size: Row) -> dict[str, Any]:
     """How many times faster the fused step is than eager channels_last, step by step in turn."""
-    data = split(synthetic(batch_size, 20)).to(device)
+    data = split(synthetic(size["batch_size"], 20)).to(device)
     every = providers(device)
     names = [n for n in every if n.startswith(("eager", "fused")) and "channels_last" in n][:2]
+    model = {"depth": size["depth"], "width": size["width"]}
     steps = [
-        make_step(device, data, every[n][0] | {"batch_size": batch_size}, None, **model)
+        make_step(device, data, every[n][0] | {"batch_size": size["batch_size"]}, None, **model)
         for n in names
     ]
     for step in steps * 2:
         step()
 
-    def seconds(step: Callable[[], Any]) -> float:
+    def seconds(step: Step) -> float:
         start = time.perf_counter()
         float(step())
         return time.perf_counter() - start
@@ -132,36 +229,58 @@ def ratio(device: torch.device, pairs: int, batch_size: int, **model: Any) -> di
         times = {j: seconds(steps[j]) for j in ((0, 1) if i % 2 else (1, 0))}
         ratios.append(times[0] / times[1])
     result = {
-        "peer": names[0], "fused": names[1], "batch_size": batch_size, "pairs": pairs,
+        "provider": names[1], "peer": names[0], **size, "n": pairs,
         "median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
     }  # fmt: skip
     print(
-        f"{names[1]} over {names[0]}, batch {batch_size}: {result['median']:.3f} x "
+        f"{names[1]} over {names[0]}, {_words(size)}: {result['median']:.3f} x "
         f"(median of {pairs} interleaved steps; {result['lowest']:.3f} to {result['highest']:.3f})"
     )
-    return result
+    return {"rows": [result]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing, a figure")
-    parser.add_argument("--ratio", type=int, metavar="PAIRS", help="only the interleaved ratio")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    model = {"depth": args.depth, "width": args.width}
-    results = environment() | model
+def main() -> int:
+    p = parser(__doc__, seconds=1.0)
+    p.add_argument("--batch-size", type=int, nargs="+")
+    p.add_argument("--depth", type=int, nargs="+")
+    p.add_argument("--width", type=int, nargs="+")
+    p.add_argument(
+        "--provider", default="", metavar="WORD", help="only those with this in the name"
+    )
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--sweep", action="store_true", help="all batch sizes, depths and widths")
+    what.add_argument("--cold", action="store_true", help="only seconds to the first step")
+    what.add_argument("--ratio", type=int, metavar="PAIRS", help="only the interleaved ratio")
+    what.add_argument("--first-step", metavar="PROVIDER", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if not any(args.provider in name for name in providers(args.device)):
+        names = ", ".join(repr(name) for name in providers(args.device))
+        p.error(f"--provider {args.provider!r}: none of {names} has it")
+    sizes, clock = swept(*_lists(args)), Clock(args.minutes)
+    if args.first_step:
+        first_step(args.device, args.first_step, sizes[0])
+        return 0
     if args.ratio:
-        results["ratio"] = ratio(device, args.ratio, args.batch_size[0], **model)
+        return finish("step_ratio", args, ratio(args.device, args.ratio, sizes[0]))
+    if args.cold:
+        return finish("step_cold", args, cold(args.device, sizes[0], clock, args.provider))
+    seconds = 0.01 if args.small else args.seconds
+    found = bench(args.device, sizes, seconds, clock, args.provider)
+    return finish("step", args, found)
+
+
+def _lists(args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
+    """Batch sizes, depths and widths: those that were given, and the fitting rest."""
+    if args.small:
+        rest: tuple[list[int], list[int], list[int]] = ([8, 16], [8], [4])
+    elif args.sweep:
+        # The report's batch is where the others are swept from.
+        first = [128, *(b for b in _BATCH_SIZES if b != 128)]
+        rest = (first, list(_DEPTHS), list(_WIDTHS))
     else:
-        results["rows"] = bench(device, args.batch_size, args.seconds, Clock(), **model)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        rest = ([128] if args.cold or args.ratio else [128, 1024], [20], [16])
+    return args.batch_size or rest[0], args.depth or rest[1], args.width or rest[2]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

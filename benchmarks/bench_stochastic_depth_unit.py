@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from _environment import environment
-from bench_step import make_step
+from _training_step import make_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.data import split, synthetic

@@ -1,0 +1,135 @@
+"""The training step that the benchmarks time, fused and as its peers take it, and what it needs.
+
+Every provider takes the same data path and optimizer; they differ in the network and in how
+PyTorch runs it. On a GPU the mixed-precision ones use fp16 with loss scaling.
+"""
+
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import Row
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+
+from config import Config  # noqa: E402  # found by the line above
+from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
+from workers import Workers  # noqa: E402  # as above
+
+from fastres.data import Splits  # noqa: E402  # as above
+
+
+def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | None]]:
+    """Settings of the run, and torch.compile's mode, by name; the report's baseline first."""
+    half = "fp16" if device.type == "cuda" else "fp32"  # halves are 10 times slower on a CPU
+    amp: dict[str, Any] = {"precision": half}
+    fused = amp | {"fused": True}
+    every: dict[str, tuple[dict[str, Any], str | None]] = {
+        "eager fp32 NCHW": ({"channels_last": False}, None),
+        f"eager {half} channels_last": (amp, None),
+        f"compile {half} channels_last": (amp, "default"),
+        f"fused {half} channels_last": (fused, None),
+        f"fused compile {half} channels_last": (fused, "default"),
+    }
+    if device.type == "cuda":
+        for mode in ("reduce-overhead", "max-autotune"):
+            every[f"compile {mode} {half} channels_last"] = (amp, mode)
+        every[f"fused compile reduce-overhead {half} channels_last"] = (fused, "reduce-overhead")
+    return every
+
+
+class Step:
+    """The training steps of a run, one a call, on the same images each time."""
+
+    def __init__(self, trainer: Trainer, mode: str | None) -> None:
+        self.trainer = trainer
+        self._captured = mode in ("reduce-overhead", "max-autotune")
+        self._index = torch.arange(trainer.config.batch_size, device=trainer.workers.device)
+        self._number = itertools.count()
+
+    def __call__(self) -> Tensor:
+        if self._captured:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss, _ = self.trainer.train_step(self._index, next(self._number))
+        return loss
+
+
+def make_step(
+    device: torch.device, data: Splits, settings: dict[str, Any], mode: str | None, **model: Any
+) -> Step:
+    """settings and model: what differs from Config's defaults; mode: torch.compile's, or None."""
+    config = Config(dataset="synthetic", **settings, **model)
+    set_precision_and_determinism(config)
+    trainer = Trainer(config, Workers(0, 1, 0, device), data)
+    if mode is not None:
+        trainer.model.compile(mode=mode, dynamic=False)
+    trainer.network.train()
+    return Step(trainer, mode)
+
+
+def needs(step: Step) -> Row:
+    """What a warm step needs beside time: memory, and, on a GPU, launches and the host's time.
+
+    saved_bytes: storages kept for the backward that are neither parameters nor the data set.
+    peak_memory_bytes: of PyTorch's allocator, the model, its optimizer and the data in it.
+    host_ms: until the step has been handed to the GPU, which is then still at it.
+    kernels: what the GPU ran, copies among it; launches: calls by which the host started them.
+    """
+    found: Row = {"saved_bytes": saved_bytes(step)}
+    if step.trainer.workers.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        found["host_ms"] = _host_ms(step)
+        found |= _launches(step)
+    return found
+
+
+def saved_bytes(step: Step) -> int:
+    trainer = step.trainer
+    known = {t.untyped_storage().data_ptr() for t in trainer.model.state_dict().values()}
+    known |= {
+        t.untyped_storage().data_ptr()
+        for t in (trainer.data.train.images, trainer.data.train.labels)
+    }
+    # A storage that is kept until the backward is not given away before it.
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(kept.values())
+
+
+def _host_ms(step: Step, repeats: int = 10) -> float:
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def _launches(step: Step) -> Row:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = profiler.events() or []
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    # As the CUDA runtime and driver name the calls: cudaLaunchKernelExC, cuLaunchKernelEx, ...
+    started = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+    on_host = [e for e in events if e.name.startswith("cu") and any(s in e.name for s in started)]
+    return {"kernels": len(on_device), "launches": len(on_host)}
