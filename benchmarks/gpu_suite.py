@@ -1,194 +1,206 @@
-"""Everything there is to know of one GPU, by one command in under 8 minutes, as one JSON.
+"""Everything there is to know of one GPU, by one command in under 8 minutes.
 
-    python benchmarks/gpu_suite.py [--folder DIR] [--part NAME ...] [--out FILE]
+python benchmarks/gpu_suite.py --out DIR             tests, ops, the step, trainings, profile
+python benchmarks/gpu_suite.py --out DIR             again: goes on where the first one stopped
+python benchmarks/gpu_suite.py --out DIR --full      every sweep, without a limit of time
+python benchmarks/gpu_suite.py --small --out DIR     toy sizes, on a CPU too
 
-Runs the gpu tests, times each op forward and backward, times the whole training step, and trains a
-few epochs on a folder data set (a small one is drawn where --folder names none). The file is
-written anew after every part, so that an interrupted run keeps what it has.
-With --small the same parts run on a CPU, at toy size, to show that the suite itself works.
+Each part is a program of its own, beside this one, and writes its own file of results to DIR: a
+part that fails, or leaves the GPU unusable, costs no other, and whatever stops the suite, what is
+finished lies there. A part whose file is there already, nothing in it left for want of time, is not
+run again; --part NAME runs it in any case. suite.json says what ran, for how long, how it ended.
 """
 
 import argparse
-import json
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import bench_augment
-import bench_batch_norm_relu
-import bench_cast
-import bench_meprop_conv2d
-import bench_meprop_linear
-import bench_sgd_step
-import bench_step
-import bench_stochastic_depth_add
-import bench_stochastic_depth_unit
-import bench_unscale
 import torch
 from _environment import environment
+from _results import ResultsError, Row, load, results, save
 from _timing import Clock
 
-_ROOT = Path(__file__).parent.parent
-_TRAININGS = {
-    "fused": ["--fused"],
-    "plain": ["--no-fused"],
-    # "row" and "subset" alone launch stochastic depth's kernels; "batch" leaves them out.
-    "every op": ["--fused", "--drop-prob", "0.5", "--drop-mode", "subset", "--meprop-ratio", "0.5"],
-}
+_HERE = Path(__file__).parent
+# Seconds. Past its limit a part begins nothing more; what it has begun takes a compile at most.
+_GRACE = 90.0
+# A timer takes no infinity.
+_LONGEST = 10.0**6
+_OPS = (
+    "augment",
+    "unscale",
+    "cast",
+    "sgd_step",
+    "meprop_linear",
+    "meprop_conv2d",
+    "stochastic_depth_add",
+    "batch_norm_relu",
+)
 
 
-def gpu_tests(small: bool, clock: Clock) -> dict[str, Any]:
-    """The tests marked gpu, then every test of ops and models on the GPU; else only collected."""
-    results: dict[str, Any] = {}
-    # The second compiles hundreds of variants: it may take what the rest leaves, and no more.
-    selections = {"gpu": ["-m", "gpu"], "ops": ["-m", "not gpu", "tests/ops", "tests/models"]}
-    for name, selection in selections.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-rfEs", *selection]
-        command += ["--collect-only"] if small else ["-n", str(min(os.cpu_count() or 1, 8))]
-        results[name] = run_part(command, clock, most=150 if name == "gpu" else 90)
-        print("\n".join(results[name]["output"][-12:]), flush=True)
-    return results
+@dataclass(frozen=True)
+class Part:
+    """A program, its flags by size, and the seconds after which it begins nothing more."""
+
+    program: str
+    seconds: float
+    usual: list[str] = field(default_factory=list)
+    full: list[str] = field(default_factory=list)
 
 
-def run_part(command: list[str], clock: Clock, most: float) -> dict[str, Any]:
-    """A command's exit status and the end of its output; None where its time ran out."""
-    limit = clock.left(most)
+def parts(folder: Path | None) -> dict[str, Part]:
+    """In the order of their worth, should the time run out; the long sweep comes last."""
+    data = ["--folder", str(folder)] if folder else []
+    some = ["--run", "plain", "fused", "every op"]
+    sweep = ["--sweep", "full"]
+    every = {
+        "tests": Part("gpu_tests.py", 120),
+        "step": Part("bench_step.py", 90, [], ["--sweep"]),
+        "training": Part("bench_training.py", 60, [*data, *some], data),
+        "step_cold": Part("bench_step.py", 30, ["--cold"], ["--cold"]),
+        "profile_step": Part("profile_step.py", 20),
+        "stochastic_depth_unit": Part("bench_stochastic_depth_unit.py", 30),
+    }
+    every |= {op: Part(f"bench_{op}.py", 15, [], sweep) for op in _OPS[:-1]}
+    every["scaling"] = Part("bench_scaling.py", 20)
+    every["batch_norm_relu"] = Part("bench_batch_norm_relu.py", 60, [], sweep)
+    return every
+
+
+def run(command: list[str], limit: float) -> tuple[int | None, list[str]]:
+    """A program's exit status, None where its time ran out, and the last lines that it printed."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    late = threading.Event()
+
+    def end() -> None:
+        # With the processes that it has started: they would go on, and hold the GPU.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def out_of_time() -> None:
+        late.set()
+        end()
+
+    timer = threading.Timer(limit, out_of_time)
+    timer.start()
+    lines: deque[str] = deque(maxlen=40)
     try:
-        # Decoded images of the suite's own folder are of no use to anybody later.
-        with tempfile.TemporaryDirectory() as cache:
-            done = subprocess.run(
-                command, cwd=_ROOT, env=os.environ | {"XDG_CACHE_HOME": cache},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit,
-            )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stdout or b""
-        text = said.decode() if isinstance(said, bytes) else said
-        return {"exit_status": None, "seconds": limit, "output": text.splitlines()[-40:]}
-    return {"exit_status": done.returncode, "output": done.stdout.splitlines()[-40:]}
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"  {line}", end="", flush=True)
+            lines.append(line.rstrip())
+        status = process.wait()
+    finally:
+        timer.cancel()
+        end()
+    return (None if late.is_set() else status), list(lines)
 
 
-def training(small: bool, device: torch.device, folder: Path | None, clock: Clock) -> Any:
-    """A few epochs of train/main.py with one seed on a folder data set: plain, fused, every op."""
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
-        if folder is None:
-            folder = scratch / "images"
-            draw_folder(folder, *((64, 32) if small else (4000, 1000)))
-        flags = ["--dataset", "folder", "--data-dir", str(folder), "--device", device.type]
-        if small:
-            flags += ["--epochs", "1", "--depth", "8", "--width", "4", "--batch-size", "16"]
-        else:
-            flags += ["--epochs", "5", "--schedule", "cosine", "--precision", "fp16"]
-        for name, chosen in _TRAININGS.items():
-            out = scratch / name
-            command = [sys.executable, str(_ROOT / "train" / "main.py"), *flags, *chosen]
-            results[name] = run_part([*command, "--out", str(out)], clock, most=80)
-            if results[name]["exit_status"] == 0:
-                results[name]["epochs"] = [
-                    json.loads(line) for line in (out / "metrics.jsonl").open()
-                ]
-                results[name]["summary"] = json.loads((out / "summary.json").read_text())
-            print(f"training {name}:", *results[name]["output"][-5:], sep="\n  ", flush=True)
-    return results
-
-
-def draw_folder(root: Path, train: int, test: int) -> None:
-    """The synthetic set as PNG files in class folders."""
-    from PIL import Image
-
-    from fastres.data import synthetic
-
-    data = synthetic(train, test)
-    for part, images in (("train", data.train), ("test", data.test)):
-        for i, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
-            path = root / part / data.classes[int(label)] / f"{i:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+def is_finished(path: Path, small: bool) -> bool:
+    """Whether a part's file holds all that there is to measure at that size."""
+    if not path.exists():
+        return False
+    try:
+        content = load(path)
+    except ResultsError as error:
+        print(f"{error}: measured again", flush=True)
+        return False
+    left = [row for row in content.get("rows", []) if row.get("not_measured") == "out of time"]
+    return content.get("small") == small and not left
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
-    parser.add_argument("--folder", type=Path, help="class folders with train/ and test/")
-    parser.add_argument("--part", nargs="+", help="only these: tests, step, training, an op's name")
-    parser.add_argument("--minutes", type=float, default=7.5, help="measure no more after these")
-    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/results/DATE-GPU.json)")
-    args = parser.parse_args()
+    head, _, rest = (__doc__ or "").partition("\n")
+    p = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="(benchmarks/results/DATE-GPU)")
+    p.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
+    p.add_argument("--full", action="store_true", help="every sweep")
+    p.add_argument("--folder", type=Path, help="class folders with train/ and test/ to train on")
+    p.add_argument("--part", nargs="+", metavar="NAME", help="only these, and these in any case")
+    p.add_argument("--minutes", type=float, help="begin nothing after these (7.5; --full: none)")
+    args = p.parse_args()
+    every = parts(args.folder and args.folder.resolve())
+    unknown = set(args.part or ()) - set(every)
+    if unknown:
+        p.error(f"--part {' '.join(sorted(unknown))}: expected some of {' '.join(every)}")
     if not args.small and not torch.cuda.is_available():
         print("error: no GPU here; --small shows the suite on a CPU", file=sys.stderr)
         return 1
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Any] = environment() | {"small": args.small, "seconds": {}}
-    name = (results["gpu"] or {"name": "cpu"})["name"].lower().replace(" ", "-")
-    stamp = results["date"][:16].replace(":", "").replace("T", "-")
-    size = "-small" if args.small else ""
-    out = args.out or Path(__file__).parent / "results" / f"{stamp}-{name}{size}.json"
-    clock = Clock(args.minutes)
-    seconds = 0.01 if args.small else 0.05
-    batch_sizes, step_seconds = ([16], 0.01) if args.small else ([128, 1024], 1.0)
-    model = {"depth": 8, "width": 4} if args.small else {"depth": 20, "width": 16}
-    # Of an op's figures a part takes all or nothing; the long sweep comes last.
-    ops: dict[str, Callable[[torch.device, bool, float], Any]] = {
-        "augment": bench_augment.bench,
-        "unscale": bench_unscale.bench,
-        "cast": bench_cast.bench,
-        "sgd_step": bench_sgd_step.bench,
-        "meprop_linear": bench_meprop_linear.bench,
-        "meprop_conv2d": bench_meprop_conv2d.bench,
-    }
-    parts: dict[str, Callable[[], Any]] = {
-        "tests": lambda: gpu_tests(args.small, clock),
-        "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, clock, **model),
-        "training": lambda: training(args.small, device, args.folder, clock),
-        "stochastic_depth_unit": lambda: bench_stochastic_depth_unit.bench(
-            device, args.small, *((2, 8) if args.small else (30, 56)), p=0.5
-        ),
-        **{name: partial(op, device, args.small, seconds) for name, op in ops.items()},
-        "stochastic_depth_add": lambda: bench_stochastic_depth_add.bench(
-            device, args.small, seconds, clock
-        ),
-        "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
-    }
+    # Asked to end, it ends the part that is running too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    out = args.out or _HERE / "results" / _name(args.small)
+    clock = Clock(args.minutes or (float("inf") if args.full else 7.5))
+    return measure_all(every, args.part, out, args.small, args.full, clock)
+
+
+def measure_all(
+    every: dict[str, Part], only: list[str] | None, out: Path, small: bool, full: bool, clock: Clock
+) -> int:
+    """Run the parts; the exit status, 1 where one failed."""
+    ran = _ran_before(out)
     failures: list[str] = []
-    unknown = set(args.part or ()) - set(parts)
-    if unknown:
-        parser.error(f"--part {' '.join(sorted(unknown))}: expected some of {' '.join(parts)}")
-    for part, run in parts.items():
-        if args.part and part not in args.part:
+    for name, part in every.items():
+        if only and name not in only:
             continue
-        # A part that has not begun in time is named; the long ones look at the clock themselves.
-        if part in ops and not clock.has(15, part):
-            results[part] = {"skipped": "out of time"}
+        path = out / f"{name}.json"
+        if not only and is_finished(path, small):
+            print(f"--- {name}: in {path} already", flush=True)
             continue
-        print(f"--- {part}", flush=True)
-        started = time.perf_counter()
-        try:
-            results[part] = run()
-        except Exception as error:  # one part's failure must not cost the others' figures
-            results[part] = {"error": f"{type(error).__name__}: {error}"}
-            failures.append(f"{part}: {results[part]['error']}")
-        results["seconds"][part] = time.perf_counter() - started
-        if part in ("tests", "training"):
-            failures += [
-                f"{part} {name}: exit status {run['exit_status']}"
-                for name, run in results[part].items()
-                # Collecting tests, none of which may be selected, ends with 5.
-                if isinstance(run, dict)
-                and run["exit_status"] not in ((0, 5) if args.small else (0,))
-            ]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        if not clock.has(10, name):
+            ran.setdefault(name, {"part": name, "not_measured": "out of time"})
+            continue
+        print(f"--- {name}", flush=True)
+        limit = clock.left(float("inf") if full else part.seconds)
+        command = [sys.executable, "-u", str(_HERE / part.program), "--json", str(path)]
+        command += [*part.usual, "--small"] if small else part.full if full else part.usual
+        command += [] if limit == float("inf") else ["--minutes", f"{limit / 60:.3f}"]
+        start = time.monotonic()
+        status, lines = run(command, min(limit + _GRACE, _LONGEST))
+        seconds = time.monotonic() - start
+        ended: Row = {"part": name, "exit_status": status, "seconds": seconds}
+        if status != 0:
+            end = "took too long" if status is None else f"exit status {status}"
+            failures.append(f"{name}: {end}: {lines[-1] if lines else ''}")
+            ended |= {"failed": end, "output": lines}
+        ran[name] = ended
+        _save(out, small, full, ran)
+    _save(out, small, full, ran)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
-    print(f"wrote {out} after {sum(results['seconds'].values()):.0f} s")
+    print(f"results lie in {out}")
     return int(bool(failures))
+
+
+def _ran_before(out: Path) -> dict[str, Row]:
+    """What suite.json of an earlier run says, by part."""
+    try:
+        return {row["part"]: row for row in load(out / "suite.json")["rows"]}
+    except (ResultsError, KeyError):
+        return {}
+
+
+def _save(out: Path, small: bool, full: bool, ran: dict[str, Row]) -> None:
+    rows = list(ran.values())
+    save(out / "suite.json", results("gpu_suite", small=small, full=full, rows=rows))
+
+
+def _name(small: bool) -> str:
+    about = environment()
+    device = (about["gpu"] or {"name": "cpu"})["name"].lower().replace(" ", "-")
+    stamp = about["date"][:16].replace(":", "").replace("T", "-")
+    return f"{stamp}-{device}{'-small' if small else ''}"
 
 
 if __name__ == "__main__":

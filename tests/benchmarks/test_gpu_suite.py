@@ -1,62 +1,160 @@
-"""The suite at toy size: every part runs, and the figures are all there."""
+"""The suite goes on where it stopped, and what is finished is never lost."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import gpu_suite
 import pytest
+import torch
+from _timing import Clock
+from gpu_suite import Part, measure_all, parts
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "benchmarks" / "gpu_suite.py"
+# A part's program: it writes its file, and notes that it ran.
+GOOD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from _results import results, save
+path = Path(sys.argv[sys.argv.index("--json") + 1])
+save(path, results(path.stem, small="--small" in sys.argv, rows=[{row}]))
+with open({log!r}, "a") as log:
+    log.write(path.stem + "\\n")
+"""
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("suite") / "results.json"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+class Programs:
+    """Stand-ins for the benchmarks, and what of them has run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.out = folder, folder / "log", folder / "out"
+
+    def good(self, name: str, row: str = "") -> Part:
+        text = GOOD.format(benchmarks=str(ROOT / "benchmarks"), log=str(self.log), row=row)
+        return self.program(name, text)
+
+    def program(self, name: str, text: str, seconds: float = 30) -> Part:
+        (self.folder / f"{name}.py").write_text(text)
+        return Part(f"{name}.py", seconds)
+
+    def ran(self) -> list[str]:
+        return self.log.read_text().split() if self.log.exists() else []
+
+    def suite(self, every: dict[str, Part], only: list[str] | None = None, **how: Any) -> int:
+        return measure_all(every, only, self.out, True, False, how.get("clock", Clock()))
+
+    def rows(self) -> dict[str, Any]:
+        return {r["part"]: r for r in json.loads((self.out / "suite.json").read_text())["rows"]}
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    monkeypatch.setattr(gpu_suite, "_HERE", tmp_path)
+    return Programs(tmp_path)
+
+
+def test_a_part_that_fails_costs_no_other(
+    programs: Programs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = programs.program("broken", "raise SystemExit('no such thing')")
+    every = {"a": programs.good("a"), "broken": broken, "b": programs.good("b")}
+    assert programs.suite(every) == 1
+    assert programs.ran() == ["a", "b"]
+    assert programs.rows()["broken"]["failed"] == "exit status 1"
+    assert "failed: broken: exit status 1: no such thing" in capfd.readouterr().err
+
+
+def test_finished_parts_are_kept_and_the_rest_goes_on(programs: Programs) -> None:
+    left = "dict(provider='x', not_measured='out of time')"
+    every = {"a": programs.good("a"), "late": programs.good("late", left), "b": programs.good("b")}
+    assert programs.suite(every, clock=Clock(minutes=0)) == 0
+    assert programs.ran() == [] and programs.rows()["a"]["not_measured"] == "out of time"
+    programs.suite(every)
+    programs.suite(every)
+    assert programs.ran() == ["a", "late", "b", "late"]
+    programs.suite(every, only=["b"])
+    assert programs.ran()[4:] == ["b"]
+    assert set(programs.rows()) == {"a", "late", "b"}
+
+
+def test_a_file_of_another_version_or_torn_is_measured_again(
+    programs: Programs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    every = {"a": programs.good("a"), "b": programs.good("b")}
+    programs.out.mkdir()
+    (programs.out / "a.json").write_text('{"format": 1}')
+    (programs.out / "b.json").write_text("{")
+    assert programs.suite(every) == 0 and programs.ran() == ["a", "b"]
+    said = capfd.readouterr().out
+    assert "a.json: has results of form 1" in said and "b.json: not readable" in said
+
+
+def test_a_part_that_hangs_is_ended_with_its_children(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "_GRACE", 2.0)
+    hanging = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(programs.folder / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    every = {"hanging": programs.program("hanging", hanging, seconds=1), "a": programs.good("a")}
+    start = time.monotonic()
+    assert programs.suite(every) == 1
+    assert time.monotonic() - start < 60 and programs.ran() == ["a"]
+    assert programs.rows()["hanging"]["failed"] == "took too long"
+    pid = int((programs.folder / "pid").read_text())
+    status = Path(f"/proc/{pid}/status")
+    # Ended, or waiting for its new parent to notice.
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_killed_in_the_middle_it_has_what_was_finished(tmp_path: Path) -> None:
+    """The real suite, killed as soon as its first part is done."""
+    command = [sys.executable, str(PROGRAM), "--small", "--out", str(tmp_path)]
+    command += ["--part", "cast", "unscale"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (tmp_path / "unscale.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    content = json.loads((tmp_path / "unscale.json").read_text())
+    assert content["benchmark"] == "unscale" and content["rows"]
+    for key in ("date", "cpu", "python", "torch", "triton", "fastres", "gpu", "cuda", "command"):
+        assert key in content
+
+
+def test_every_part_is_a_program_that_takes_the_suites_flags() -> None:
+    for name, part in parts(Path("images")).items():
+        program = ROOT / "benchmarks" / part.program
+        text = program.read_text()
+        assert "_program import" in text, name
+        for flag in [*part.usual, *part.full]:
+            assert not flag.startswith("--") or f'"{flag}"' in text, (name, flag)
+
+
+def test_an_unknown_part_is_named() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--small", "--out", str(out)],
-        env=env, capture_output=True, text=True, timeout=400,
+        [sys.executable, str(PROGRAM), "--small", "--part", "keras"],
+        capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(out.read_text())
-
-
-def test_hardware_versions_and_date(results: dict) -> None:
-    for key in ("date", "cpu", "python", "torch", "triton", "fastres", "gpu", "cuda", "seconds"):
-        assert key in results
-    assert results["small"] is True
-
-
-def test_ops_are_right_and_timed_beside_their_peers(results: dict) -> None:
-    for op, passes in (("batch_norm_relu", 2), ("augment", 1)):
-        rows = results[op]["rows"]
-        assert all(row["right"] for row in rows), rows
-        assert {row["provider"] for row in rows} == {"fastres", "eager", "compile"}
-        assert len({row.get("pass") for row in rows}) == passes
-        for row in rows:
-            assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
-            assert row["gb_per_s"] > 0 and 0 < row["share_of_copy"] < 10
-
-
-def test_steps_and_training(results: dict) -> None:
-    providers = [row["provider"] for row in results["step"]]
-    for word in ("eager fp32 NCHW", "channels_last", "compile", "fused"):
-        assert any(word in provider for provider in providers)
-    assert all(row["images_per_second"] > 0 for row in results["step"])
-    assert len({round(row["loss"], 3) for row in results["step"]}) == 1  # one model, one batch
-    for run in results["training"].values():
-        assert run["exit_status"] == 0 and run["summary"]["data"] == "images"
+    assert done.returncode == 2 and "--part keras" in done.stderr and "cast" in done.stderr
 
 
 def test_without_a_gpu_the_full_suite_refuses() -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py")],
-        capture_output=True, text=True, timeout=100,
+        [sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 1 and "no GPU here" in done.stderr
