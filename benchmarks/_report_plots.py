@@ -1,0 +1,138 @@
+"""The plots of the report: bars against peers, the roofline, how time grows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from _report_tables import File
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def draw_all(files: list[File], folder: Path) -> list[Path]:
+    """SVG files, for each file of results that a plot is made for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    for file in files:
+        for name, draw in _PLOTS.get(file.benchmark, {}).items():
+            figure = Figure(figsize=(9, 4.5), layout="constrained")
+            axes = figure.subplots()
+            if draw(axes, file):
+                axes.set_title(f"{axes.get_title()}\n{file.about}", fontsize=9)
+                drawn.append(folder / f"{name}-{_slug(file.hardware)}.svg")
+                # Nothing of when or by whom: a plot of the same figures is the same file.
+                with matplotlib.rc_context({"svg.hashsalt": "fastres"}):
+                    figure.savefig(drawn[-1], metadata={"Date": None})
+    return drawn
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def step_bars(axes: Axes, file: File) -> bool:
+    """Images/s of every provider at each size."""
+    rows = [row for row in file.rows if "images_per_second" in row]
+    sizes = list(dict.fromkeys((r["batch_size"], r["depth"], r["width"]) for r in rows))
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    for i, name in enumerate(names):
+        mine = [r for r in rows if r["provider"] == name]
+        place = [sizes.index((r["batch_size"], r["depth"], r["width"])) for r in mine]
+        rates = [r["images_per_second"] for r in mine]
+        # The slow percentile of the time is the low one of the rate.
+        low = [
+            rate * (1 - r["median_ms"] / r["high_ms"]) for rate, r in zip(rates, mine, strict=True)
+        ]
+        high = [
+            rate * (r["median_ms"] / r["low_ms"] - 1) for rate, r in zip(rates, mine, strict=True)
+        ]
+        shifted = [x + 0.8 * (i / len(names) - 0.5) for x in place]
+        axes.bar(shifted, rates, 0.8 / len(names), yerr=[low, high], label=name)
+    axes.set_xticks(range(len(sizes)), [f"B {b}\ndepth {d}\nwidth {w}" for b, d, w in sizes])
+    axes.set_ylabel("images/s")
+    axes.set_title("Training step: median, 20th and 80th percentile")
+    axes.legend(fontsize=7)
+    return bool(rows)
+
+
+def roofline(axes: Axes, file: File) -> bool:
+    """Every step by its operations a byte and its rate, beneath the ceilings of the machine."""
+    rows = [row for row in file.rows if "images_per_second" in row]
+    roof = file.content.get("ceilings")
+    if not rows or not roof:
+        return False
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    span = [min(intensities) / 4, max(intensities) * 64]
+    for name in dict.fromkeys(row["precision"] for row in rows):
+        peak = roof["tflops"][name]
+        knee = peak * 1000 / roof["copy_gb_per_s"]
+        xs = sorted({span[0], min(max(knee, span[0]), span[1]), span[1]})
+        ys = [min(peak, x * roof["copy_gb_per_s"] / 1000) for x in xs]
+        axes.plot(xs, ys, color="black", linewidth=0.8)
+        axes.annotate(f"{name} {peak:,.1f} TFLOP/s", (xs[-1], ys[-1]), ha="right", va="bottom")
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        mine = [row for row in rows if row["provider"] == name]
+        axes.scatter(
+            [row["flops"] / row["bytes"] for row in mine],
+            [row["flops"] / row["median_ms"] / 1e9 for row in mine],
+            label=name,
+        )
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
+    axes.set_xlabel("FLOP per byte of the fully fused step")
+    axes.set_title("Training step beneath the measured roofline")
+    axes.legend(fontsize=7, loc="lower right")
+    return True
+
+
+def growth(axes: Axes, file: File) -> bool:
+    """Time by batch size, with the exponent that was fitted."""
+    fits = [
+        fit for fit in file.content.get("growth", [])
+        if fit["axis"] == "batch_size" and fit["points"] > 2
+    ]  # fmt: skip
+    for fit in fits:
+        mine = {
+            row["batch_size"]: row["median_ms"]
+            for row in file.rows
+            if "median_ms" in row
+            and all(row[key] == fit[key] for key in ("provider", "depth", "width"))
+        }
+        label = f"{fit['provider']}: batch ^ {fit['exponent']:.2f}"
+        sizes = sorted(mine)
+        axes.plot(sizes, [mine[size] for size in sizes], marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="ms a step")
+    axes.set_title("How the training step grows with the batch")
+    axes.legend(fontsize=7)
+    return bool(fits)
+
+
+def op_bars(axes: Axes, file: File) -> bool:
+    """Share of the copy bandwidth at the largest case of each pass, by provider."""
+    rows = [row for row in file.rows if "share_of_copy" in row]
+    if not rows:
+        return False
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    passes = list(dict.fromkeys(r.get("pass", "") for r in rows))
+    for i, name in enumerate(names):
+        best = [
+            max((r["gb_per_s"] for r in rows if r["provider"] == name and r.get("pass", "") == p),
+                default=0.0)
+            for p in passes
+        ]  # fmt: skip
+        axes.bar([j + 0.8 * (i / len(names) - 0.5) for j in range(len(passes))], best,
+                 0.8 / len(names), label=name)  # fmt: skip
+    if file.content.get("copy_gb_per_s"):
+        axes.axhline(file.content["copy_gb_per_s"], color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(passes)), [p or file.benchmark for p in passes])
+    axes.set_ylabel("GB/s of the fewest bytes, best case")
+    axes.set_title(f"{file.benchmark}; the line is a copy's bandwidth")
+    axes.legend(fontsize=7)
+    return True
+
+
+_Plot = Callable[[Axes, File], bool]
+_OPS = ("augment", "batch_norm_relu", "stochastic_depth_add", "unscale", "cast", "sgd_step")
+_PLOTS: dict[str, dict[str, _Plot]] = {
+    "step": {"step": step_bars, "roofline": roofline, "growth": growth},
+    **{op: {op: op_bars} for op in _OPS},
+}

@@ -1,0 +1,235 @@
+"""Turn the files of results into README's tables and plots, so that no figure is typed by hand.
+
+python benchmarks/report.py            print the headlines, and what is wrong with any file
+python benchmarks/report.py --write    README.md, results/README.md and the plots
+python benchmarks/report.py --check    exit status 1 where README no longer says what the files say
+
+Of each benchmark the newest file of each hardware counts. Toy sizes (--small) never do.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from _report_plots import draw_all
+from _report_tables import UNMEASURED, File, Headline, headlines, newest, pick, table
+from _results import ResultsError, Row, load
+
+_ROOT = Path(__file__).parent.parent
+_RESULTS = Path(__file__).parent / "results"
+_BEGIN = "<!-- figures: written by python benchmarks/report.py --write -->"
+_END = "<!-- end of figures -->"
+# The plots that README shows.
+_SEEN = ("step-", "roofline-", "growth-")
+
+
+def _step(batch_size: int) -> Callable[[list[Row]], str | None]:
+    """Images/s of the best fused provider, beside the best peer and the report's own."""
+
+    def figure(rows: list[Row]) -> str | None:
+        timed = [
+            row for row in rows
+            if "images_per_second" in row
+            and (row["batch_size"], row["depth"], row["width"]) == (batch_size, 20, 16)
+        ]  # fmt: skip
+        ours = [row for row in timed if row["provider"].startswith("fused")]
+        peers = [row for row in timed if not row["provider"].startswith("fused")]
+        if not ours or not peers:
+            return None
+        best, peer = (max(some, key=lambda r: r["images_per_second"]) for some in (ours, peers))
+        plain = pick(peers, provider="eager fp32 NCHW")
+        words = f"{best['images_per_second']:,.0f} images/s ({best['provider']}), "
+        words += f"{peer['median_ms'] / best['median_ms']:.2f} × the best peer ({peer['provider']})"
+        if plain:
+            words += f", {plain['median_ms'] / best['median_ms']:.2f} × eager fp32 NCHW"
+        return f"{words}; n = {best['n']}"
+
+    return figure
+
+
+def _ratio(rows: list[Row]) -> str | None:
+    row = pick(rows, batch_size=128, depth=20, width=16)
+    if row is None:
+        return None
+    return f"{row['median']:.2f} × ({row['lowest']:.2f} to {row['highest']:.2f}, n = {row['n']})"
+
+
+def _cold(rows: list[Row]) -> str | None:
+    found = [row for row in rows if "seconds" in row]
+    return ", ".join(f"{row['provider']} {row['seconds']:.1f} s" for row in found) or None
+
+
+def _dropped(rows: list[Row]) -> str | None:
+    by_mode = {row["mode"]: row for row in rows if "time_ratio" in row}
+    return "; ".join(
+        f"{mode}: {by_mode[mode]['time_ratio']:.2f} of the time, "
+        f"{by_mode[mode]['flops_ratio']:.2f} of the FLOPs"
+        for mode in ("batch", "subset", "row") if mode in by_mode
+    ) or None  # fmt: skip
+
+
+def _meprop(**size: int) -> Callable[[list[Row]], str | None]:
+    def figure(rows: list[Row]) -> str | None:
+        found = []
+        for ratio in (1 / 4, 1 / 16):
+            row = pick(rows, mode="unified", ratio=ratio, dtype="fp32", **size)
+            if row:
+                found.append(f"{row['speedup']:.1f} × at ratio 1/{1 / ratio:.0f} (n = {row['n']})")
+        return ", ".join(found) or None
+
+    return figure
+
+
+def _accuracies(rows: list[Row]) -> str | None:
+    runs = [
+        f"{row['provider']} {row['test_accuracy']:.1f} % at {row['images_per_second']:,.0f}/s"
+        for row in rows
+        if "test_accuracy" in row
+    ]
+    return "; ".join(runs) or None
+
+
+def _bandwidth(rows: list[Row]) -> str | None:
+    """The best case of each pass, and what the best peer makes of the same case."""
+    words = []
+    for direction in dict.fromkeys(row.get("pass") for row in rows if "share_of_copy" in row):
+        mine = [row for row in rows if "share_of_copy" in row and row.get("pass") == direction]
+        ours = [row for row in mine if row["provider"] == "fastres"]
+        if ours:
+            best = max(ours, key=lambda r: r["gb_per_s"])
+            words.append(
+                f"{direction or ''} {best['gb_per_s']:,.0f} GB/s, {best['share_of_copy']:.0%} of a "
+                f"copy's (n = {best['n']})".strip()
+            )
+    return "; ".join(words) or None
+
+
+_LINEAR, _CONV = {"in": 4096, "out": 4096}, {"C": 256}
+HEADLINES = (
+    Headline("whole step, depth 20, batch 128", "step", _step(128), "bench_step.py"),
+    Headline("whole step, depth 20, batch 1024", "step", _step(1024), "bench_step.py"),
+    Headline(
+        "whole step, depth 20, batch 128: fused over eager channels_last, step by step in turn",
+        "step_ratio", _ratio, "bench_step.py --ratio 15",
+    ),
+    Headline(
+        "from process start to the first finished step, no kernel built",
+        "step_cold", _cold, "bench_step.py --cold",
+    ),
+    Headline(
+        "`batch_norm_relu`, best case", "batch_norm_relu", _bandwidth, "bench_batch_norm_relu.py"
+    ),
+    Headline(
+        "stochastic depth, p = 0.5 uniform, depth 56: a step beside p = 0",
+        "stochastic_depth_unit", _dropped, "bench_stochastic_depth_unit.py",
+    ),
+    Headline(
+        "meProp unified, linear 4096×4096, fp32: backward over the dense one, selection included",
+        "meprop_linear", _meprop(**_LINEAR), "bench_meprop_linear.py",
+    ),
+    Headline(
+        "meProp unified, 3×3 conv of 256 channels, fp32: the same",
+        "meprop_conv2d", _meprop(**_CONV), "bench_meprop_conv2d.py",
+    ),
+    Headline(
+        "training, test accuracy: few epochs, one seed; they show that all learn, "
+        "not what they are worth",
+        "training", _accuracies, "bench_training.py --folder DIR",
+    ),
+)  # fmt: skip
+
+
+def read(folder: Path) -> list[File]:
+    """The files that count. One that cannot be read is named, and costs no other."""
+    files = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            files.append(File(path, load(path)))
+        except ResultsError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return newest(files)
+
+
+def readme(text: str, files: list[File], plots: list[Path]) -> str:
+    """README with its figures exchanged; plots: those of the whole step, the first to be seen.
+
+    Raises:
+        ValueError: the marks of their place are not there.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"README.md: the lines {_BEGIN!r} and {_END!r} are not both there")
+    images = "\n".join(
+        f"![{p.stem}](benchmarks/results/plots/{p.name})" for p in plots if p.name.startswith(_SEEN)
+    )
+    figures = "\n\n".join(part for part in (headlines(files, HEADLINES), images) if part)
+    return f"{before}{begin}\n{figures}\n{end}{after}"
+
+
+def all_tables(files: list[File], folder: Path, plots: list[Path]) -> str:
+    """results/README.md: every row that was measured, and every plot."""
+    parts = [
+        "# Results\n\nWritten by `python benchmarks/report.py --write` from the files in this "
+        f"folder. What is not here is {UNMEASURED}."
+    ]
+    for file in files:
+        where = file.path.relative_to(folder)
+        parts.append(
+            f"## {file.benchmark}, {file.hardware}\n\n{file.about}; `{file.content['command']}`, "
+            f"[{where}]({where})\n\n<details>\n\n{table(file)}\n\n</details>"
+        )
+    parts += [f"![{p.stem}](plots/{p.name})" for p in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    head, _, rest = (__doc__ or "").partition("\n")
+    p = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--results", type=Path, default=_RESULTS, help="folder of JSON files")
+    p.add_argument("--readme", type=Path, default=_ROOT / "README.md")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="write README.md, tables and plots")
+    what.add_argument("--check", action="store_true", help="see that they are up to date")
+    args = p.parse_args()
+    if not args.results.is_dir():
+        print(f"error: --results {args.results}: no such folder", file=sys.stderr)
+        return 1
+    files = read(args.results)
+    if not args.write and not args.check:
+        print(headlines(files, HEADLINES))
+        return 0
+    with tempfile.TemporaryDirectory() as drawn:
+        try:
+            plots = draw_all(files, Path(drawn))
+            wanted = {
+                args.readme: readme(args.readme.read_text(), files, plots),
+                args.results / "README.md": all_tables(files, args.results, plots),
+            }
+            if args.write:
+                # Those that no file stands behind any more go.
+                shutil.rmtree(args.results / "plots", ignore_errors=True)
+                shutil.copytree(drawn, args.results / "plots")
+                for path, content in wanted.items():
+                    path.write_text(content)
+                return 0
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    stale = [p for p, content in wanted.items() if not p.exists() or p.read_text() != content]
+    for path in stale:
+        print(
+            f"error: {path.name} does not say what the results say: run "
+            "python benchmarks/report.py --write",
+            file=sys.stderr,
+        )
+    return int(bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
