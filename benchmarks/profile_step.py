@@ -99,7 +99,11 @@ def main() -> int:
     options.add_argument("--steps", type=int, help="to record (10; with --small 2)")
     options.add_argument("--top", type=int, default=40, help="kernels in the JSON (40)")
     options.add_argument(
-        "--out", type=Path, default=Path("profile"), metavar="DIR", help="for trace.json (profile)"
+        "--out",
+        type=Path,
+        default=Path("runs/profile"),
+        metavar="DIR",
+        help="for trace.json (runs/profile)",
     )
     args = options.parse_args()
     try:

@@ -155,7 +155,9 @@ def text(table: Table, top: int = 15) -> list[str]:
             f"        {line.share:7.1%} {statistics.median(line.ms):9.3f} {line.calls:7.1f} "
             f"{moved:>9} {speed:>7}  {line.kernel[:90]}{by}"
         )
-    return [*lines, "MB: of an operator's arguments and results; GB/s: those over all its kernels"]
+    if any(line.bytes is not None for line in table.lines):
+        return [*lines, "MB: an operator's arguments and results; GB/s: those over all its kernels"]
+    return [*lines, "MB and GB/s: not counted, since a compiled model does not show its operators"]
 
 
 def _owners(ops: list[Event], counted: set[str]) -> list[tuple[Event, float]]:

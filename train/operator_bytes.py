@@ -73,15 +73,17 @@ def _moved(
     names = (argument.name for argument in schema.arguments)
     values = dict(zip(names, args, strict=False)) | kwargs
     indices = list(_tensors([values.get("index"), values.get("indices")]))
-    rows = max((i.numel() for i in indices if not i.dtype.is_floating_point), default=None)
+    rows = max((i.numel() for i in indices), default=None)
+    # What is indexed is what has the most rows.
+    most = max((t.shape[0] for t in _tensors(values.values()) if t.dim()), default=0)
     total = 0
     for argument in schema.arguments:
         writes = argument.alias_info is not None and argument.alias_info.is_write
         reads = not (writes and schema.name in _OVERWRITES)
         for tensor in _tensors([values.get(argument.name)]):
             size = _size(tensor)
-            if rows is not None and tensor.dim() and tensor.shape[0] > rows:
-                size = size * rows // tensor.shape[0]
+            if rows is not None and tensor.dim() and tensor.shape[0] == most > rows:
+                size = size * rows // most
             total += size * (reads + writes)
     results = [result] if len(schema.returns) == 1 else (result or ())
     for returned, value in zip(schema.returns, results, strict=False):

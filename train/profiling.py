@@ -246,6 +246,7 @@ class Profile:
             return
         finally:
             self._profiler = None
+            part.unlink(missing_ok=True)
         for line in kernel_table.text(self.table):
             self._say(line)
         self._say(f"profile  {self.path}: {self._steps} steps, for https://ui.perfetto.dev")
