@@ -98,7 +98,7 @@ def read(
             times[key][step] += self_time / 1000
             calls[key] += op is owner
     if on_device:
-        launched_by = {op["args"]["External id"]: i for i, op in enumerate(ops)}
+        launched_by = {op["args"].get("External id"): i for i, op in enumerate(ops)}
         for e in events:
             if e.get("cat") not in _ON_DEVICE:
                 continue

@@ -203,7 +203,7 @@ class Profile:
         """Record from here on: the trainer's next step is the first."""
         device = self._trainer.workers.device
         self._marks = Marks(self._nvtx, record=self._listener is None)
-        self._hook_modules(self._marks)
+        self._mark_parts(self._marks)
         if self._listener is None:
             activities = [ProfilerActivity.CPU]
             if device.type == "cuda":
@@ -251,7 +251,7 @@ class Profile:
             self._say(line)
         self._say(f"profile  {self.path}: {self._steps} steps, for https://ui.perfetto.dev")
 
-    def _hook_modules(self, marks: Marks) -> None:
+    def _mark_parts(self, marks: Marks) -> None:
         optimizer = self._trainer.optimizer
 
         def begin_optimizer(*_: Any) -> None:

@@ -258,15 +258,18 @@ def test_steps_that_the_run_does_not_have(
         Config(profile_steps=0)
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def environment(*paths: Path) -> dict[str, str]:
+    """This one, without the interpreter, and with these first on Python's path."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [*map(str, paths), env.get("PYTHONPATH", "")]
+    return env | {"PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 
 def test_off_loads_nothing_and_a_missing_nvtx_is_one_line(tmp_path: Path) -> None:
     assert unmarked("forward") is unmarked("loss")  # one object for all
     (tmp_path / "nvtx.py").write_text("raise ImportError('not here')")
     program = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / 'train')!r}]\n"
+        "import sys\n"
         "from main import main\n"
         "assert main([*sys.argv[1:], '--epochs', '1', '--out', 'plain']) == 0\n"
         "assert 'nvtx' not in sys.modules\n"
@@ -274,7 +277,7 @@ def test_off_loads_nothing_and_a_missing_nvtx_is_one_line(tmp_path: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *TINY],
-        cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, env=environment(tmp_path, ROOT, ROOT / "train"),
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "No CUDA runtime" not in line]
@@ -318,12 +321,11 @@ workers.leave()
 def test_processes_mark_all_reduce_and_train_the_same(tmp_path: Path) -> None:
     """Three: a third of a gradient is not what a division by three gives."""
     (tmp_path / "twice.py").write_text(_TWICE)
-    paths = [str(ROOT), str(ROOT / "train"), str(ROOT / "tests")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "3", str(tmp_path / "twice.py"), str(tmp_path)]
     done = subprocess.run(
         [*command, *TINY, "--batch-size", "12", "--fused"],
-        env=environment() | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=environment(ROOT, ROOT / "train", ROOT / "tests"),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
