@@ -88,6 +88,11 @@ class Config:
     """Folder for metrics, checkpoint, curve (runs/DATASET-BLOCKDEPTH)."""
     resume: str = "auto"
     """auto: go on from the checkpoint in --out, if any. none: refuse such a folder. Or a path."""
+    profile: bool = False
+    """Mark the phases of some steps for nsys and ncu; where neither listens, write --out/trace.json
+    and print the top kernels. The run goes on to its end, with the same weights."""
+    profile_steps: int = 10
+    """Of --profile: steps that it records, after the first 5."""
     eval_every: int = 1
     """Epochs between evaluations on train, dev and test; the last epoch always has one."""
 
@@ -112,6 +117,7 @@ class Config:
         pure = self.precision == "pure-fp16"
         need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")
+        need(self.profile_steps >= 1, "profile_steps", "1 or more")
         need(self.eval_every >= 1, "eval_every", "1 or more")
         need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")
         need(self.image_size is None or self.image_size >= 8, "image_size", "8 or more")

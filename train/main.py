@@ -19,6 +19,7 @@ import records
 import torch
 from config import Config, parse
 from errors import TrainError
+from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, fused_ops, set_precision_and_determinism
 from workers import Workers
 
@@ -27,7 +28,9 @@ from fastres.data import Splits, cifar10, folder, split, synthetic
 # What a checkpoint's model is made of; the other settings may change from one start to the next.
 _MODEL = ("depth", "width", "block", "shortcut")
 # Settings whose change needs no word.
-_SILENT = ("config", "out", "resume", "data_dir", "device", "epochs", "fused")
+_SILENT = (
+    "config", "out", "resume", "data_dir", "device", "epochs", "fused", "profile", "profile_steps",
+)  # fmt: skip
 
 
 def identity(data: Splits) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def train(config: Config, workers: Workers) -> None:
             f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
             f"evenly; choose a multiple of {workers.world_size}"
         )
+    nvtx = workers.together(lambda: load_nvtx("--profile")) if config.profile else None
     workers.together(lambda: records.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
     workers.agree(None if state is None else state["epoch"], "the checkpoint's epoch in --out")
@@ -171,6 +175,15 @@ def train(config: Config, workers: Workers) -> None:
     progress = records.Progress(
         trainer.steps_per_epoch, config.batch_size, config.epochs, done, workers.leads
     )
+    if config.profile:
+        steps = (config.epochs - done) * trainer.steps_per_epoch
+        if steps <= WARMUP:
+            raise TrainError(
+                f"--profile: records steps after the first {WARMUP}, and this run has {steps}; "
+                "raise --epochs or lower --batch-size"
+            )
+        say = progress.line if workers.leads else lambda line: None
+        Profile(trainer, min(config.profile_steps, steps - WARMUP), out, nvtx, say)
     accuracies: records.Record = {}
     training_started = time.perf_counter()
     while trainer.epoch < config.epochs:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,15 @@ _KEEP_BUFFERS: dict[str, Any] = (
     else {"broadcast_buffers": False}
 )
 
+# One for all phases and steps: the same object may be entered while it is entered.
+_NOTHING = contextlib.nullcontext()
+
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "pure-fp16": torch.float16}
+
+
+def unmarked(phase: str) -> contextlib.AbstractContextManager[Any]:
+    """What marks the phases of a step while nobody profiles: nothing."""
+    return _NOTHING
 
 
 def set_precision_and_determinism(config: Config) -> None:
@@ -127,6 +136,8 @@ class Trainer:
                 f"--image-size {_SMALLEST_SIDE} or more"
             )
         self.config, self.workers, self.data = config, workers, data
+        # Entered around "step", and within it "data", "forward", "loss", "backward" and "update".
+        self.phase: Callable[[str], contextlib.AbstractContextManager[Any]] = unmarked
         device = workers.device
         self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
@@ -201,10 +212,13 @@ class Trainer:
 
     def _loss(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Mean loss over this process's share of a batch, and logits."""
-        x = self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
+        with self.phase("data"):
+            x = self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
         with self._autocast():
-            logits = self.network(x).float()
-            return F.cross_entropy(logits, self.data.train.labels[index]), logits
+            with self.phase("forward"):
+                logits = self.network(x).float()
+            with self.phase("loss"):
+                return F.cross_entropy(logits, self.data.train.labels[index]), logits
 
     def train_step(self, index: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """One update from this process's share of a global batch.
@@ -219,15 +233,18 @@ class Trainer:
             warmup_epochs=config.warmup_epochs,
             schedule=config.schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.drops.set_step(step)
-        loss, _ = self._loss(index, step // self.steps_per_epoch)
-        self.scaler.scale(loss).backward()
-        stepped = self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return loss.detach(), stepped
+        with self.phase("step"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.drops.set_step(step)
+            loss, _ = self._loss(index, step // self.steps_per_epoch)
+            with self.phase("backward"):
+                self.scaler.scale(loss).backward()
+            with self.phase("update"):
+                stepped = self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad()
+            return loss.detach(), stepped
 
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
