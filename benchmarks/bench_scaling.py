@@ -80,7 +80,7 @@ def bench(
             continue
         parts = _parts(about, count, batches, small, gpu, buckets=count == max(counts))
         for part in [p for p in parts if "not_measured" in p.rows[0]]:
-            rows += [without_speed(row) for row in part.rows]
+            rows += [without_speed(row, not_measured=row.pop("not_measured")) for row in part.rows]
         found = measure(run, count, [p for p in parts if "not_measured" not in p.rows[0]])
         rows += found
         if count == 1:
