@@ -27,6 +27,8 @@ PROCESSES = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Fewer sizes leave a line through latency and bandwidth nothing to be wrong by.
 _FEWEST_SIZES = 3
 _RESAMPLES = 100
+# Of the relative residuals: beyond it the fit tells little more than the order of magnitude.
+_POOR_FIT = 0.25
 
 _STEPS: dict[str, Callable[[float], float]] = {
     "ring": lambda p: 2 * (p - 1),
@@ -216,7 +218,7 @@ def predict(rows: Sequence[Row], of: str, network: Network | None = None) -> dic
             for scaling, batch in (("strong", "global_batch"), ("weak", "batch_per_process"))
         }
         buckets = shared[-1]["bucket_bytes"] if shared else []
-        ratios = [r["exposed_ms"] / r["communication_ms"] for r in shared]
+        ratios = [_exposed(row) for row in shared]
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise NoModel(f"the step rows are not of the form expected: {error!r}") from error
     if not compute or not shared:
@@ -224,7 +226,7 @@ def predict(rows: Sequence[Row], of: str, network: Network | None = None) -> dic
             "the model is fitted to measured points: steps of one process and of two or more; "
             "these rows have none of the one or of the other; run with at least --processes 1 2 4"
         )
-    exposed_share = max(float(np.median(ratios)), 0.0)
+    exposed_share = float(np.median(ratios))
 
     def reduce_ms(link: Fit, processes: int) -> float:
         if network is None:
@@ -274,13 +276,31 @@ def predict(rows: Sequence[Row], of: str, network: Network | None = None) -> dic
         )
     return {
         "of": of, "fit": best.as_dict(), "other_form": other.as_dict(),
-        "exposed_share": exposed_share, "bucket_bytes": buckets,
-        "assumptions": _assumptions(best, other, exposed_share, len(ratios), network), "rows": said,
+        "exposed_share": exposed_share, "bucket_bytes": buckets, "rows": said,
+        "assumptions": _assumptions(
+            best, other, exposed_share, len(ratios), network,
+            any(row.get("oversubscribed") for row in rows),
+        ),
     }  # fmt: skip
 
 
+def _exposed(row: Row) -> float:
+    """The share of a step's all-reduces that its backward pass does not hide, 0 to 1.
+
+    Where that is not told from nothing, it is the most that the spread of the steps leaves room
+    for. What is added beyond the all-reduces' own time is the wait for a slower process.
+    """
+    added = row["exposed_ms"] if row["exposed_low_ms"] > 0 else row["exposed_high_ms"]
+    return min(max(float(added / row["communication_ms"]), 0.0), 1.0)
+
+
 def _assumptions(
-    best: Fit, other: Fit, exposed_share: float, steps: int, network: Network | None
+    best: Fit,
+    other: Fit,
+    exposed_share: float,
+    steps: int,
+    network: Network | None,
+    oversubscribed: bool,
 ) -> list[str]:
     found = best.as_dict()
     lines = [
@@ -291,7 +311,8 @@ def _assumptions(
         f"{best.residual_rms:.0%} rms, {best.residual_worst:.0%} at worst "
         f"(as a {other.form}: {other.residual_rms:.0%})",
         f"{exposed_share:.0%} of the all-reduces' own time adds to the step: the median of "
-        f"{steps} measured steps of 2 or more processes, taken to hold at every number",
+        f"{steps} measured steps of 2 or more processes, and no more than their spread rules out; "
+        "taken to hold at every number",
         "a process computes as long as it did alone, with all that it had to itself then",
         "no stragglers, no failures, no other traffic",
     ]
@@ -302,6 +323,10 @@ def _assumptions(
             f"nodes of {network.processes_per_node}, and between them {1e6 * network.latency_s:g} "
             f"us and {network.bytes_per_s / 1e9:g} GB/s a node: given, not measured"
         )
+    if best.residual_rms > _POOR_FIT:
+        lines.append("a poor fit: no figure below is better than it; measure on a quieter machine")
+    if oversubscribed:
+        lines.append("points were measured with more processes than cores, which took turns")
     lines.append("low and high: the fit to resampled points; not the doubt in the assumptions")
     return lines
 
@@ -311,7 +336,8 @@ def lines(model: dict[str, Any]) -> list[str]:
     said = [f"model of {model['of']}, not a measurement"]
     said += [f"model, fitted or assumed: {line}" for line in model["assumptions"]]
     for row in model["rows"]:
-        head = f"model  {row['scaling']:6} batch {row['global_batch']:<6} on {row['processes']:4}"
+        share = row.get("batch_per_process", "-")
+        head = f"model  {row['scaling']:6} {row['processes']:4} x {share:<4}"
         if "not_measured" in row:
             said.append(f"{head}: no figure, {row['not_measured']}")
             continue

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from _program import finish, parser
 from _results import ResultsError, Row, load, without_speed
+from _scaling_group import measure
 from _scaling_model import PROCESSES, Network, NoModel, lines, predict
-from _scaling_worker import Part, Run, measure, usable_cpus
+from _scaling_worker import Part, Run, usable_cpus
 from _timing import Clock
 
 # MiB; None is DDP's own default: 1 for the first bucket, 25 for the others.
@@ -78,6 +79,9 @@ def bench(
                         )
                     )
             continue
+        if not gpu and count > here:
+            about |= {"oversubscribed": True}
+            print(f"{count} processes take turns on {here} core(s)", flush=True)
         parts = _parts(about, count, batches, small, gpu, buckets=count == max(counts))
         for part in [p for p in parts if "not_measured" in p.rows[0]]:
             rows += [without_speed(row, not_measured=row.pop("not_measured")) for row in part.rows]
@@ -137,7 +141,8 @@ def _parts(
         return parts
     largest = 2**18 if small else 2**28 if gpu else 2**24
     for size in (4**i for i in range(1, int(math.log(largest, 4)) + 1)):
-        row = {"kind": "all_reduce", "device": about["device"], "backend": about["backend"]}
+        row = {"kind": "all_reduce"}
+        row |= {k: v for k, v in about.items() if k in ("device", "backend", "oversubscribed")}
         parts.append(Part((row | {"processes": count, "bytes": size},)))
     if buckets:
         settings: list[dict[str, Any]] = [

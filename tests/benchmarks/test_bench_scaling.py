@@ -13,7 +13,8 @@ from pathlib import Path
 import bench_scaling
 import pytest
 import torch
-from _scaling_worker import Part, Run, measure
+from _scaling_group import measure
+from _scaling_worker import Part, Run
 
 from fastres.models import ResNet
 
