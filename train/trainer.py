@@ -117,8 +117,10 @@ def fused_ops(trainer: "Trainer") -> str:
 class Trainer:
     """A model, its optimizer and the data, all on one device; one step at a time."""
 
-    def __init__(self, config: Config, workers: Workers, data: Splits) -> None:
+    def __init__(self, config: Config, workers: Workers, data: Splits, **ddp: Any) -> None:
         """data: already on the workers' device; the batch size is a multiple of their number.
+
+        ddp: further arguments of DistributedDataParallel, or others than ours.
 
         Raises:
             TrainError: the batch exceeds the training set, or the images are too small.
@@ -169,9 +171,8 @@ class Trainer:
             self.network = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
                 # Statistics stay each process's own; they are averaged before every evaluation.
-                **_KEEP_BUFFERS,
+                **{"gradient_as_bucket_view": True} | _KEEP_BUFFERS | ddp,
             )
             self._settle_buckets()
         # From here on: what it puts back must not be older than a checkpoint that is loaded next.

@@ -19,7 +19,7 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=20)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """Cores that this process may run on; macOS does not tell, and there it is all of them."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -54,7 +54,7 @@ class Workers:
             target = torch.device("cpu")
             # torchrun gives each process a single thread; the machine may have more to share out.
             if os.environ.get("OMP_NUM_THREADS", "1") == "1" and world_size > 1:
-                torch.set_num_threads(max(1, _usable_cpus() // local_world_size))
+                torch.set_num_threads(max(1, usable_cpus() // local_world_size))
         else:
             if local_world_size > gpus:
                 raise TrainError(
