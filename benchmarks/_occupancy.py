@@ -25,6 +25,8 @@ class Multiprocessor:
 
 SCHEDULERS = 4
 REGISTERS, REGISTERS_PORTION = 512, 8
+# Of an AMD scheduler, for all its waves; each takes one portion more, for the trap handler.
+SCALAR_REGISTERS, SCALAR_PORTION = 800, 16
 
 # NVIDIA: CUDA C++ Programming Guide, table of technical specifications by compute capability; for
 # the portions, cuda_occupancy.h of the CUDA toolkit. AMD: LLVM's AMDGPU backend (GCNSubtarget,
@@ -50,16 +52,21 @@ class Occupancy:
         return self.warps / self.most
 
 
-def occupancy(target: str, warps: int, registers: int, shared: int) -> Occupancy:
+def occupancy(
+    target: str, warps: int, registers: int, shared: int, scalar_registers: int = 0
+) -> Occupancy:
     """Of blocks of so many warps, with registers for each thread and shared memory for a block."""
     limits = MULTIPROCESSORS[target]
     most = limits.warps
     warps_by_registers = SCHEDULERS * (REGISTERS // _portions(registers, REGISTERS_PORTION))
+    scalars = _portions(scalar_registers, SCALAR_PORTION) + SCALAR_PORTION
+    warps_by_scalars = SCHEDULERS * (SCALAR_REGISTERS // scalars) if scalar_registers else most
     # AMD's limit is one of barriers, which a block of one wave does not need.
     blocks_limit = most if target.startswith("gfx") and warps == 1 else limits.blocks
     blocks = {
         "threads": most // warps,
         "registers": warps_by_registers // warps,
+        "scalar registers": warps_by_scalars // warps,
         "shared memory": limits.shared
         // _portions(shared + limits.shared_reserved, limits.shared_portion),
         "blocks": blocks_limit,

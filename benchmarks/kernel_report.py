@@ -62,7 +62,9 @@ def build(task: Task) -> Row:
 
 def _figures(task: Task) -> Row:
     made = asdict(_aot.build(launch_of(task), task.target))
-    held = occupancy(task.target, made["warps"], made["registers"], made["shared"])
+    held = occupancy(
+        task.target, made["warps"], made["registers"], made["shared"], made["scalar_registers"]
+    )
     return made | {
         "resident_warps": held.warps, "most_warps": held.most, "occupancy": held.share,
         "limited_by": held.limited_by,

@@ -28,6 +28,8 @@ TARGETS = {
 class Build:
     """What one kernel became on one target. Registers and spilled bytes are those of a thread.
 
+    Scalar registers, of which AMD has a file apart, are those of a wave.
+
     Instructions are counted where they stand in the code, not as often as they run: those that
     multiply matrices (tensor), and loads and stores of global memory, all and those of 128 bits or
     more. AMD's scalar loads, one value for a whole wave, are no part of it.
@@ -37,6 +39,7 @@ class Build:
     target: str
     warps: int
     registers: int
+    scalar_registers: int
     spilled: int
     shared: int
     tensor: int
@@ -150,7 +153,8 @@ def _read_cubin(asm: dict[str, Any]) -> dict[str, int]:
         code = _printed("nvdisasm", "--print-code", file.name)
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     spilled = int(found["STACK"]) + int(found["LOCAL"])
-    return {"registers": int(found["REG"]), "spilled": spilled, **_SASS.count(code)}
+    figures = {"registers": int(found["REG"]), "scalar_registers": 0, "spilled": spilled}
+    return figures | _SASS.count(code)
 
 
 def _printed(tool: str, *arguments: str) -> str:
@@ -171,4 +175,6 @@ def _read_amdgcn(asm: dict[str, Any]) -> dict[str, int]:
         for name, count in re.findall(r"^\s*\.(\w+_count):\s+(\d+)\s*$", asm["amdgcn"], re.M)
     }
     spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
-    return {"registers": found["vgpr_count"], "spilled": spilled, **_GCN.count(asm["amdgcn"])}
+    registers, scalar = found["vgpr_count"], found["sgpr_count"]
+    figures = {"registers": registers, "scalar_registers": scalar, "spilled": spilled}
+    return figures | _GCN.count(asm["amdgcn"])

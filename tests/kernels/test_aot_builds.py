@@ -105,7 +105,8 @@ def deliberate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
     rows = {target: json.loads(line) for target, line in zip(targets, lines, strict=True)}
     for target, builds in rows.items():
         for row in builds:
-            held = occupancy(target, row["warps"], row["registers"], row["shared"])
+            parts = ("warps", "registers", "shared", "scalar_registers")
+            held = occupancy(target, *(row[part] for part in parts))
             row["resident_warps"] = held.warps
     return rows
 
