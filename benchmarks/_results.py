@@ -40,12 +40,17 @@ def results(benchmark: str, **content: Any) -> dict[str, Any]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of results; see write_whole."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all: what lay there before survives whatever stops this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(text)
     # A temporary file is its owner's alone; results are for everybody.
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)

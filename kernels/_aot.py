@@ -26,14 +26,70 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Build:
-    """What one kernel became on one target. Registers and spilled bytes are those of a thread."""
+    """What one kernel became on one target. Registers and spilled bytes are those of a thread.
+
+    Scalar registers, of which AMD has a file apart, are those of a wave.
+
+    Instructions are counted where they stand in the code, not as often as they run: those that
+    multiply matrices (tensor), and loads and stores of global memory, all and those of 128 bits or
+    more. AMD's scalar loads, one value for a whole wave, are no part of it.
+    """
 
     kernel: str
     target: str
+    warps: int
     registers: int
+    scalar_registers: int
     spilled: int
     shared: int
+    tensor: int
+    loads: int
+    loads_128: int
+    stores: int
+    stores_128: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How a vendor's disassembly is read: an instruction's line, and the names that count."""
+
+    line: re.Pattern[str]
+    tensor: re.Pattern[str]
+    loads: re.Pattern[str]
+    stores: re.Pattern[str]
+    wide: re.Pattern[str]
+
+    def count(self, code: str) -> dict[str, int]:
+        names = self.line.findall(code)
+        loads = [name for name in names if self.loads.match(name)]
+        stores = [name for name in names if self.stores.match(name)]
+        return {
+            "tensor": sum(self.tensor.match(name) is not None for name in names),
+            "loads": len(loads),
+            "loads_128": sum(self.wide.search(name) is not None for name in loads),
+            "stores": len(stores),
+            "stores_128": sum(self.wide.search(name) is not None for name in stores),
+        }
+
+
+_SASS = _Code(
+    # An address, perhaps a predicate, the instruction.
+    line=re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M),
+    # HMMA, HGMMA, IMMA, QGMMA, UTCHMMA, ...
+    tensor=re.compile(r"[A-Z]*MMA\b"),
+    # Straight to registers, to shared memory, through a generic address, and by TMA.
+    loads=re.compile(r"(LDG|LDGSTS|LD|UTMALDG)\b"),
+    stores=re.compile(r"(STG|ST|UTMASTG)\b"),
+    wide=re.compile(r"\.(128|256)\b|^UTMA"),
+)
+_GCN = _Code(
+    line=re.compile(r"^\s+([a-z]\w+)", re.M),
+    tensor=re.compile(r"v_s?mfma"),
+    loads=re.compile(r"(global|buffer|flat)_load_"),
+    stores=re.compile(r"(global|buffer|flat)_store_"),
+    wide=re.compile(r"dwordx4|b128"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,31 +137,44 @@ def build(launch: Launch, target: str) -> Build:
     compiled = triton.compile(what.source, target=TARGETS[target], options=what.options)
     seconds = time.perf_counter() - start
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
-    registers, spilled = read(compiled.asm)
-    return Build(what.source.name, target, registers, spilled, compiled.metadata.shared, seconds)
+    found = read(compiled.asm)
+    return Build(
+        what.source.name, target, launch.num_warps, shared=compiled.metadata.shared,
+        seconds=seconds, **found,
+    )  # fmt: skip
 
 
-def _read_cubin(asm: dict[str, Any]) -> tuple[int, int]:
-    """Registers, and bytes of local memory: stack is where NVIDIA's compiler spills to."""
+def _read_cubin(asm: dict[str, Any]) -> dict[str, int]:
+    """Stack and local memory are where NVIDIA's compiler spills to."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        usage = _printed("cuobjdump", "--dump-resource-usage", file.name)
+        code = _printed("nvdisasm", "--print-code", file.name)
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    figures = {"registers": int(found["REG"]), "scalar_registers": 0, "spilled": spilled}
+    return figures | _SASS.count(code)
+
+
+def _printed(tool: str, *arguments: str) -> str:
+    """What a tool prints that comes with Triton."""
+    command = [_path(tool), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache
-def _cuobjdump() -> str:
-    return str(triton.knobs.nvidia.cuobjdump.path)
+def _path(tool: str) -> str:
+    return str(getattr(triton.knobs.nvidia, tool).path)
 
 
-def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
+def _read_amdgcn(asm: dict[str, Any]) -> dict[str, int]:
     """Vector registers, and four bytes for each register, vector or scalar, that was spilled."""
     found = {
         name: int(count)
         for name, count in re.findall(r"^\s*\.(\w+_count):\s+(\d+)\s*$", asm["amdgcn"], re.M)
     }
-    spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-    return found["vgpr_count"], 4 * spilled
+    spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
+    registers, scalar = found["vgpr_count"], found["sgpr_count"]
+    figures = {"registers": registers, "scalar_registers": scalar, "spilled": spilled}
+    return figures | _GCN.count(asm["amdgcn"])

@@ -1,7 +1,7 @@
 """The one door through which every kernel is launched."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class Launch:
 
 
 _recorder: Callable[[Launch], None] | None = None
+_watcher: Callable[[Launch], AbstractContextManager[None]] | None = None
 
 
 @contextmanager
@@ -37,6 +38,17 @@ def record() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorder = previous
+
+
+@contextmanager
+def watch(watcher: Callable[[Launch], AbstractContextManager[None]]) -> Iterator[None]:
+    """Run every launch inside the context that watcher makes of it."""
+    global _watcher
+    previous, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = previous
 
 
 def launch(
@@ -57,6 +69,14 @@ def launch_opaque(
 
 
 def _launch(what: Launch, traced: bool) -> None:
+    if _watcher is None:
+        _run(what, traced)
+    else:
+        with _watcher(what):
+            _run(what, traced)
+
+
+def _run(what: Launch, traced: bool) -> None:
     settings = {"num_warps": what.num_warps, **what.constexprs}
     if _recorder is not None:
         _recorder(what)

@@ -1,30 +1,16 @@
-"""Build every kernel ahead of time, with no GPU, and print registers, spills and shared memory.
-
-    python benchmarks/kernel_builds.py [--op OP] [--dtype fp16 ...] [--target sm_90 ...]
-        [--few] [--json FILE]
+"""Every launch that the library makes: each op's launchers, at every shape that is shipped.
 
 The launchers run on meta tensors with their launches recorded, so that what is built is what would
 be launched. Of launches that run the same binary the first is named.
 """
 
-import argparse
-import dataclasses
+import functools
 import itertools
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
-# A kernel that was imported for Triton's interpreter cannot be compiled.
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
-from _environment import environment
 
 from fastres.kernels import (
     _aot,
@@ -38,22 +24,21 @@ from fastres.kernels import (
 )
 from fastres.kernels._launch import Launch, record
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# In the order in which a binary that several dtypes share finds its name.
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
 class Variant(NamedTuple):
     name: str
     launches: list[Launch]
-    # One of the few that meet every kernel in its usual form.
-    usual: bool
 
 
 @contextmanager
-def _recorded(into: list[Variant], name: str, usual: bool = False) -> Iterator[None]:
+def _recorded(into: list[Variant], name: str) -> Iterator[None]:
     with record() as launches:
         yield
-    into.append(Variant(name, launches, usual))
+    into.append(Variant(name, launches))
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "NHWC") -> torch.Tensor:
@@ -65,7 +50,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "NHWC") -> tor
 def _batch_norm_relu_step(
     into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     fmt: str = "NHWC", dy_fmt: str | None = None, residual: bool = False, training: bool = True,
-    affine: bool = True, relu: bool = True, picked: int = 0, usual: bool = False,
+    affine: bool = True, relu: bool = True, picked: int = 0,
 ) -> None:  # fmt: skip
     x = _empty(shape, dtype, fmt)
     dy = _empty((picked or shape[0], *shape[1:]), dtype, dy_fmt or fmt)
@@ -74,12 +59,12 @@ def _batch_norm_relu_step(
     weight = bias = vector if affine else None
     shortcut = _empty(shape, dtype, fmt) if residual else None
     running = None if training else (vector, vector)
-    with _recorded(into, f"{name} fwd", usual):
+    with _recorded(into, f"{name} fwd"):
         _, mean, var, mask = batch_norm_relu.batch_norm_relu_fwd(
             x, index, weight, bias, shortcut, running, 1e-5, relu
         )
     mean, var = running or (mean, var)
-    with _recorded(into, f"{name} bwd", usual):
+    with _recorded(into, f"{name} bwd"):
         batch_norm_relu.batch_norm_relu_bwd(
             dy, x, index, weight, bias, mean, var, mask, 1e-5, relu, training,
             (True, affine, affine, residual),
@@ -92,14 +77,12 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
         (16, 32, 64), FORMATS, (False, True), (True, False)
     ):
         name = f"C={C} {fmt} {'train' if training else 'eval'}{' +residual' if residual else ''}"
-        _batch_norm_relu_step(
-            found, name, (128, C, 512 // C, 512 // C), dtype, fmt, residual=residual,
-            training=training, usual=C == 16 and training and (residual or fmt == "NHWC"),
-        )  # fmt: skip
+        shape = (128, C, 512 // C, 512 // C)
+        _batch_norm_relu_step(found, name, shape, dtype, fmt, residual=residual, training=training)
     # What no ResNet on 32x32 images meets: other divisibility, blocks of 64 channels, sizes of 1.
     odd: dict[str, Any] = {"dtype": dtype, "residual": True}
     _batch_norm_relu_step(found, "C=20 7x7 NCHW", (3, 20, 7, 7), fmt="NCHW", **odd)
-    _batch_norm_relu_step(found, "C=512 7x7", (32, 512, 7, 7), usual=True, **odd)
+    _batch_norm_relu_step(found, "C=512 7x7", (32, 512, 7, 7), **odd)
     _batch_norm_relu_step(found, "C=16 dy NCHW", (128, 16, 32, 32), dy_fmt="NCHW", **odd)
     _batch_norm_relu_step(found, "C=1 M=2", (2, 1, 1, 1), **odd)
     _batch_norm_relu_step(found, "C=1 M=1 eval", (1, 1, 1, 1), training=False, **odd)
@@ -107,17 +90,17 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
     _batch_norm_relu_step(found, "C=16 no relu", (128, 16, 32, 32), dtype, relu=False)
     for fmt in FORMATS:
         name = f"C=16 {fmt} 64 of 128 samples"
-        _batch_norm_relu_step(found, name, (128, 16, 32, 32), dtype, fmt, picked=64, usual=True)
+        _batch_norm_relu_step(found, name, (128, 16, 32, 32), dtype, fmt, picked=64)
     for fmt in FORMATS:
         wide = (2**17, 16, 32, 32)
-        _batch_norm_relu_step(found, f"C=16 {fmt} wide", wide, fmt=fmt, usual=True, **odd)
+        _batch_norm_relu_step(found, f"C=16 {fmt} wide", wide, fmt=fmt, **odd)
     vector, batches = _empty((16,), torch.float32), _empty((), torch.int64)
     half = _empty((16,), dtype)
     for running, (momentum, counter) in itertools.product(
         (vector, half), ((0.1, batches), (None, batches), (0.1, None))
     ):
         name = f"C=16 {'fp32' if running is vector else 'half'} running, momentum={momentum}"
-        with _recorded(found, f"{name}{'' if counter is None else ', counted'}", running is vector):
+        with _recorded(found, f"{name}{'' if counter is None else ', counted'}"):
             batch_norm_relu.update_running(running, running, counter, vector, vector, momentum, 99)
     return found
 
@@ -130,19 +113,19 @@ def augment_variants(dtype: torch.dtype) -> list[Variant]:
     ):
         images = _empty((50_000, 3, 32, 32), torch.uint8, source)
         name = f"32x32 {source} to {fmt}{f' padding={padding} flip' if flip else ''}"
-        with _recorded(found, name, usual=flip):
+        with _recorded(found, name):
             augment.augment_fwd(
                 images, index, (vector, vector), 2**40, 1, padding, flip, dtype, fmt == "NHWC"
             )
     large = _empty((2, 3, 2**15, 2**15), torch.uint8, "NCHW")
-    with _recorded(found, "wide", usual=True):
+    with _recorded(found, "wide"):
         augment.augment_fwd(large, index, (vector, vector), 1, 1, 4, True, dtype, True)
     return found
 
 
 def _stochastic_depth_add_step(
     into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
-    fmts: str = "NHWC NHWC NHWC", row: bool = True, kept: int | None = None, usual: bool = False,
+    fmts: str = "NHWC NHWC NHWC", row: bool = True, kept: int | None = None,
 ) -> None:  # fmt: skip
     """fmts: of branch, shortcut and dy. With kept, a subset of so many of the samples."""
     N, (branch_fmt, shortcut_fmt, dy_fmt) = shape[0], fmts.split()
@@ -151,11 +134,11 @@ def _stochastic_depth_add_step(
     key, position, source, threshold = _empty((3,), torch.int64), None, None, 2**30
     if kept is not None:
         threshold, position, source = 0, *(_empty((n,), torch.int64) for n in (N, kept))
-    with _recorded(into, f"{name} fwd", usual):
+    with _recorded(into, f"{name} fwd"):
         stochastic_depth_add.stochastic_depth_add_fwd(
             branch, shortcut, key, position, threshold, 2.0, row, 2
         )
-    with _recorded(into, f"{name} bwd", usual):
+    with _recorded(into, f"{name} bwd"):
         stochastic_depth_add.stochastic_depth_add_bwd(
             dy, key, source, threshold, 2.0, row, 2, branch_fmt == "NHWC"
         )
@@ -166,27 +149,25 @@ def stochastic_depth_add_variants(dtype: torch.dtype) -> list[Variant]:
     for C, fmt, row in itertools.product((16, 32, 64), FORMATS, (True, False)):
         name = f"C={C} {fmt} {'row' if row else 'batch'}"
         shape, fmts = (128, C, 512 // C, 512 // C), f"{fmt} {fmt} {fmt}"
-        _stochastic_depth_add_step(found, name, shape, dtype, fmts, row, usual=C == 16)
+        _stochastic_depth_add_step(found, name, shape, dtype, fmts, row)
     for C, fmt in itertools.product((16, 64), FORMATS):
         shape, fmts = (128, C, 512 // C, 512 // C), f"{fmt} {fmt} {fmt}"
         name = f"C={C} {fmt} 64 of 128 samples"
-        _stochastic_depth_add_step(found, name, shape, dtype, fmts, kept=64, usual=C == 16)
+        _stochastic_depth_add_step(found, name, shape, dtype, fmts, kept=64)
     # What no ResNet on 32x32 images meets: mixed layouts, other divisibility, sizes of 1.
     for fmts in ("NHWC NCHW NHWC", "NCHW NHWC NCHW", "NCHW NCHW NHWC"):
         for kept in (None, 64):
             name = f"C=16 {fmts.replace(' ', '+')}{' subset' if kept else ''}"
-            _stochastic_depth_add_step(
-                found, name, (128, 16, 32, 32), dtype, fmts, kept=kept, usual=kept is None
-            )
+            _stochastic_depth_add_step(found, name, (128, 16, 32, 32), dtype, fmts, kept=kept)
     _stochastic_depth_add_step(found, "C=20 7x7", (3, 20, 7, 7), dtype, "NHWC NCHW NCHW")
     _stochastic_depth_add_step(found, "C=1 M=1", (1, 1, 1, 1), dtype, kept=1)
     large, mixed = (2, 4, 2**15, 2**15), "NHWC NCHW NHWC"
     for fmts, kept in itertools.product((mixed, "NCHW NCHW NCHW"), (None, 1)):
         name = f"wide {fmts.replace(' ', '+')}{' subset' if kept else ''}"
-        _stochastic_depth_add_step(found, name, large, dtype, fmts, kept=kept, usual=fmts == mixed)
+        _stochastic_depth_add_step(found, name, large, dtype, fmts, kept=kept)
     key = _empty((3,), torch.int64)
     for N, kept in ((128, 64), (100, 1), (1, 1), (2**17, 3)):
-        with _recorded(found, f"subset of {kept} of {N}", N == 128):
+        with _recorded(found, f"subset of {kept} of {N}"):
             stochastic_depth_add.draw_subset(key, N, kept, 2)
     return found
 
@@ -199,7 +180,7 @@ def unscale_variants(dtype: torch.dtype) -> list[Variant]:
     scale = _empty((), torch.float32)
     targets: dict[str, list[torch.Tensor]] = {"in place": grads, "to fp32": masters, "check": []}
     for (name, out), norm in itertools.product(targets.items(), (False, True)):
-        with _recorded(found, f"{name}{', norm' if norm else ''}", usual=True):
+        with _recorded(found, f"{name}{', norm' if norm else ''}"):
             unscale.unscale_fwd(grads, out, scale, norm)
     with _recorded(found, "16 blocks"):
         unscale.unscale_fwd([_empty((16 * 2048,), dtype)], [], scale, True)
@@ -208,10 +189,11 @@ def unscale_variants(dtype: torch.dtype) -> list[Variant]:
 
 def cast_variants(dtype: torch.dtype) -> list[Variant]:
     found: list[Variant] = []
+    names = {dtype: name for name, dtype in DTYPES.items()}
     for source, target, M in itertools.product(
-        (torch.float32, dtype), DTYPES.values(), (272_480, 272_474, 1)
+        dict.fromkeys((torch.float32, dtype)), DTYPES.values(), (272_480, 272_474, 1)
     ):
-        with _recorded(found, f"{source} to {target}, M={M}", usual=source != dtype and M > 1):
+        with _recorded(found, f"{names[source]} to {names[target]}, M={M}"):
             cast.cast_fwd(_empty((M,), source), _empty((M,), target))
     return found
 
@@ -230,8 +212,7 @@ def sgd_step_variants(dtype: torch.dtype) -> list[Variant]:
             continue
         words = f"{'momentum' if buffer is not None else 'plain'}{' nesterov' if nesterov else ''}"
         words += f"{' +half' if copy is not None else ''}{'' if guards[0] is None else ' guarded'}"
-        usual = buffer is not None and guards[0] is not None
-        with _recorded(found, f"{words}, lr {'on the device' if lr is one else 'given'}", usual):
+        with _recorded(found, f"{words}, lr {'on the device' if lr is one else 'given'}"):
             sgd_step.sgd_step_fwd(
                 grads, sizes, offsets, flat, buffer, copy, lr, 0.9, 1e-4, nesterov, False, *guards
             )
@@ -246,9 +227,9 @@ def meprop_variants(dtype: torch.dtype) -> list[Variant]:
     for shape, fmt in itertools.product(shapes, FORMATS):
         name = "x".join(map(str, shape)) + f" {fmt}"
         dy = _empty(shape, dtype, fmt)
-        with _recorded(found, f"{name} row", usual=shape[1] in (16, 4096)):
+        with _recorded(found, f"{name} row"):
             meprop.select_row(dy, 3)
-        with _recorded(found, f"{name} channels", usual=shape[1] in (16, 4096)):
+        with _recorded(found, f"{name} channels"):
             meprop.select_channels(dy, 1)
     # Rows that do not lie dense: a division for every element.
     for fmt in FORMATS:
@@ -274,59 +255,45 @@ class Task(NamedTuple):
     """Which launch to build, by where `configurations` has it: launches do not pickle."""
 
     op: str
+    kernel: str
     dtype: str
-    variant: int
-    launch: int
     target: str
+    variant: str
+    launch: int
 
 
-def configurations(op: str, dtype: str) -> list[Variant]:
-    return OPS[op](DTYPES[dtype])
+@functools.cache
+def configurations(op: str, dtype: str) -> dict[str, Variant]:
+    """By name. A process of a pool meets each many times."""
+    return {variant.name: variant for variant in OPS[op](DTYPES[dtype])}
 
 
-def tasks(ops: list[str], dtypes: list[str], targets: list[str], few: bool) -> list[Task]:
-    found: dict[tuple[str, ...], Task] = {}
-    for op, dtype in itertools.product(ops, dtypes):
-        for v, variant in enumerate(configurations(op, dtype)):
-            for (i, launch), target in itertools.product(enumerate(variant.launches), targets):
-                if variant.usual or not few:
-                    key = (target, *_aot.specialized(launch, target).key)
-                    found.setdefault(key, Task(op, dtype, v, i, target))
-    return list(found.values())
+def launch_of(task: Task) -> Launch:
+    return configurations(task.op, task.dtype)[task.variant].launches[task.launch]
 
 
-def build(task: Task) -> dict[str, Any]:
-    """A row of the table."""
-    # One process of the pool meets each configuration many times, and recording takes no time.
-    variant = configurations(task.op, task.dtype)[task.variant]
-    made = dataclasses.asdict(_aot.build(variant.launches[task.launch], task.target))
-    return {"kernel": made.pop("kernel"), "variant": f"{task.dtype} {variant.name}"} | made
+def tasks(
+    ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str], small: bool = False
+) -> list[Task]:
+    """One for every binary that these ops launch for these dtypes on these targets.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp16"])
-    parser.add_argument("--target", nargs="+", choices=_aot.TARGETS, default=list(_aot.TARGETS))
-    parser.add_argument("--few", action="store_true", help="each kernel in its usual forms only")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    chosen = parser.parse_args()
-    todo = tasks(chosen.op, chosen.dtype, chosen.target, chosen.few)
-    print(f"{len(todo)} builds, Triton {_aot.triton.__version__}", file=sys.stderr)
-    # Triton's compiler holds threads and locks that a forked child would inherit half way.
-    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(build, todo, chunksize=4))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(environment() | {"builds": rows}, indent=1) + "\n")
-    head = ("kernel", "variant", "target", "registers", "spilled", "shared", "seconds")
-    lines = [head, *([str(r[n]) for n in head[:-1]] + [f"{r['seconds']:.2f}"] for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip())
-    spilling = sum(row["spilled"] > 0 for row in rows)
-    print(f"{len(rows)} builds, {spilling} spill; spilled and shared in bytes")
-
-
-if __name__ == "__main__":
-    main()
+    A binary has one name, whatever else is asked for: that of the first launch, over all dtypes,
+    that runs it. small: one configuration for each kernel and target.
+    """
+    named: dict[tuple[str, ...], Task] = {}
+    wanted: dict[tuple[str, ...], Task] = {}
+    for op, dtype, target in itertools.product(ops, DTYPES, targets):
+        for variant in configurations(op, dtype).values():
+            for i, launch in enumerate(variant.launches):
+                what = _aot.specialized(launch, target)
+                key = (target, *what.key)
+                task = Task(op, what.source.name, dtype, target, variant.name, i)
+                named.setdefault(key, task)
+                if dtype in dtypes:
+                    wanted.setdefault(key, named[key])
+    if small:
+        first: dict[tuple[str, str], Task] = {}
+        for task in wanted.values():
+            first.setdefault((task.kernel, task.target), task)
+        return list(first.values())
+    return list(wanted.values())

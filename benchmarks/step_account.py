@@ -1,0 +1,147 @@
+"""Count the bytes and launches of one training step, without a GPU, fused beside eager.
+
+    python benchmarks/step_account.py                       depth 20, fp16, NHWC
+    python benchmarks/step_account.py --depth 110 --precision bf16 --batch-size 8
+    python benchmarks/step_account.py --provider fused --json step.json
+
+Nothing is computed from shapes: the step runs, from augmentation to optimizer, its Triton kernels
+in Triton's interpreter, where every load and store is counted as it is executed, and PyTorch's own
+calls are counted as they are dispatched (_step_count.py says how). It is the second step that
+counts: the first makes the optimizer's buffers.
+
+One pass is the bytes of all convolutions' outputs but the projections', in the dtype that the step
+runs in. Reads count each address once a launch; "again" is what a kernel loads beyond that, and
+leaves to the caches. What differs on a GPU: autocast's lists for the loss, and what cuDNN does
+inside one call.
+
+torch.compile is left out: what Inductor fuses for a CPU is not what it fuses for a GPU.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Triton reads it when a kernel is defined: before anything imports one.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+
+import torch
+from _program import finish
+from _results import Row
+from _step_count import Account, Traffic, counted
+from config import Config
+from errors import TrainError
+from trainer import Trainer
+from workers import Workers
+
+from fastres.data import split, synthetic
+
+PROVIDERS = {"fused": {"fused": True}, "eager": {"fused": False}}
+
+
+def account_of(provider: str, batch_size: int, **settings: Any) -> Account:
+    """One training step of a provider, counted."""
+    config = Config(dataset="synthetic", batch_size=batch_size, **(PROVIDERS[provider] | settings))
+    data = split(synthetic(batch_size, 20))
+    trainer = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), data)
+    trainer.network.train()
+    index = torch.arange(batch_size)
+    # One image is enough to make the optimizer's buffers, and the interpreter is slow.
+    trainer.train_step(index[:1], 0)
+    with counted() as account:
+        trainer.train_step(index, 1)
+    return account
+
+
+def rows_of(account: Account, about: Row) -> list[Row]:
+    """A row for each kernel and call, the largest first, and one for all of them."""
+
+    def row(by: str, name: str, traffic: Traffic) -> Row:
+        moved = traffic.read + traffic.written
+        return about | {
+            "by": by, "name": name, "launches": traffic.launches, "bytes_read": traffic.read,
+            "bytes_loaded_again": traffic.loaded - traffic.read, "bytes_written": traffic.written,
+            "bytes_per_image": moved / about["batch_size"], "passes": moved / account.conv_outputs,
+        }  # fmt: skip
+
+    rows = [row("triton", name, traffic) for name, traffic in account.kernels.items()]
+    rows += [row("torch", name, traffic) for name, traffic in account.calls.items()]
+    rows.sort(key=lambda row: -row["bytes_per_image"])
+    return [*rows, row("all", "total", account.total)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Providers side by side: launches, KB an image, and passes."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    found = {(row["provider"], row["name"]): row for row in rows}
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "total"))
+    head = ["KB an image"]
+    for provider in providers:
+        head += [f"{provider}: launches", "read", "again", "written", "passes"]
+    lines = [head]
+    for name in [*names, "total"]:
+        line = [name]
+        for provider in providers:
+            row = found.get((provider, name))
+            if row is None:
+                line += ["-"] * 5
+                continue
+            sizes = [row[f"bytes_{what}"] for what in ("read", "loaded_again", "written")]
+            line += [str(row["launches"])]
+            line += [f"{size / row['batch_size'] / 1e3:,.1f}" for size in sizes]
+            line += [f"{row['passes']:.2f}"]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def main() -> int:
+    head, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default="fp16")
+    parser.add_argument("--layout", choices=("NHWC", "NCHW"), default="NHWC")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8, help="the interpreter is slow")
+    parser.add_argument("--small", action="store_true", help="toy size, to see that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    args = parser.parse_args()
+    if args.small:
+        args.depth, args.width, args.batch_size = 8, 4, 4
+    about = {
+        "depth": args.depth, "width": args.width, "batch_size": args.batch_size,
+        "dtype": args.precision, "layout": args.layout,
+    }  # fmt: skip
+    rows: list[Row] = []
+    for provider in args.provider:
+        try:
+            account = account_of(
+                provider, args.batch_size, depth=args.depth, width=args.width,
+                precision=args.precision, channels_last=args.layout == "NHWC",
+            )  # fmt: skip
+        except TrainError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        rows += rows_of(account, {"provider": provider} | about)
+        one_pass = account.conv_outputs / args.batch_size
+        print(f"{provider}: one pass is {one_pass / 1e3:,.1f} KB an image", file=sys.stderr)
+    print(table(rows))
+    return finish("step_account", args, {"rows": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
