@@ -134,27 +134,28 @@ def main() -> int:
     seconds = 0.01 if args.small else 0.05
     batch_sizes, step_seconds = ([16], 0.01) if args.small else ([128, 1024], 1.0)
     model = {"depth": 8, "width": 4} if args.small else {"depth": 20, "width": 16}
-    # Of an op's figures a part takes all or nothing; the long sweep comes last.
-    ops: dict[str, Callable[[torch.device, bool, float], Any]] = {
+    # The long sweeps come last.
+    ops: dict[str, Callable[[torch.device, bool, float, str, Clock], Any]] = {
         "augment": bench_augment.bench,
         "unscale": bench_unscale.bench,
         "cast": bench_cast.bench,
         "sgd_step": bench_sgd_step.bench,
         "meprop_linear": bench_meprop_linear.bench,
         "meprop_conv2d": bench_meprop_conv2d.bench,
+        "stochastic_depth_add": bench_stochastic_depth_add.bench,
+        "batch_norm_relu": bench_batch_norm_relu.bench,
     }
     parts: dict[str, Callable[[], Any]] = {
         "tests": lambda: gpu_tests(args.small, clock),
         "step": lambda: bench_step.bench(device, batch_sizes, step_seconds, clock, **model),
         "training": lambda: training(args.small, device, args.folder, clock),
         "stochastic_depth_unit": lambda: bench_stochastic_depth_unit.bench(
-            device, args.small, *((2, 8) if args.small else (30, 56)), p=0.5
+            device, args.small, step_seconds, "stages", clock
         ),
-        **{name: partial(op, device, args.small, seconds) for name, op in ops.items()},
-        "stochastic_depth_add": lambda: bench_stochastic_depth_add.bench(
-            device, args.small, seconds, clock
-        ),
-        "batch_norm_relu": lambda: bench_batch_norm_relu.bench(device, args.small, seconds, clock),
+        **{
+            name: partial(op, device, args.small, seconds, "stages", clock)
+            for name, op in ops.items()
+        },
     }
     failures: list[str] = []
     unknown = set(args.part or ()) - set(parts)
