@@ -71,14 +71,15 @@ def _rows(
     abouts: list[Row] = []
     backwards: list[Callable[[], tuple[Tensor, ...]]] = []
     dense = {"eager": layer.dense, **compiled(layer.dense)}
-    chosen: list[tuple[str, Callable[..., Tensor], str, float]]
-    chosen = [(name, op, "dense", 1.0) for name, op in dense.items()]
+    chosen: list[tuple[str, Callable[..., Tensor], str, float]] = [
+        (name, op, "dense", 1.0) for name, op in dense.items()
+    ]
     for mode in _MODES:
         chosen += [
             ("fastres", partial(layer.op, ratio=ratio, mode=mode), mode, ratio) for ratio in ratios
         ]
     for name, op, mode, ratio in chosen:
-        about = {"provider": name} | case.about | {"mode": mode, "ratio": ratio}
+        about: Row = {"provider": name, **case.about, "mode": mode, "ratio": ratio}
         about |= {"pass": "backward", "timer": "wall clock"}
         ys: list[Tensor] = []
         row = measured(about, partial(_check, layer, op, mode, ratio, ys))
@@ -97,15 +98,15 @@ def _rows(
     row = measured(case.about | {"pass": "backward"}, time)
     if len(timings) != len(abouts):
         return [*rows, row]
-    gflop = {}
+    gflop: dict[tuple[str, float], float] = {}
     dense_ms = next(
         (t.median_ms for a, t in zip(abouts, timings, strict=True) if a["provider"] == "eager"),
         None,
     )
     for about, backward, timing in zip(abouts, backwards, timings, strict=True):
-        name, mode, ratio = (about[key] for key in ("provider", "mode", "ratio"))
+        mode, ratio = about["mode"], about["ratio"]
         # A compiled backward does the dense one's work, out of the counter's sight.
-        if name in ("eager", "fastres"):
+        if about["provider"] in ("eager", "fastres"):
             with FlopCounterMode(display=False) as counter:
                 backward()
             gflop[mode, ratio] = counter.get_total_flops() / 1e9

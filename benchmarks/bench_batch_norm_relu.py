@@ -104,14 +104,13 @@ def is_right(t: dict[str, Tensor], residual: bool, op: Op) -> bool:
             errors.append(torch.stack(differences))
             sizes.append(torch.stack([b.abs().max() for b in wanted]))
     relative = torch.stack(errors).amax(0) / torch.stack(sizes).amax(0)
-    # Loose bounds, to catch what is wrong and not what is rounded: ten units of the last place. The
-    # parameters' gradients are sums whose terms cancel, of as many roundings as they have terms.
-    ulp = torch.finfo(y.dtype).eps
-    bounds = [
-        10 * (ulp if a.dim() > 1 else max(ulp, (N * H * W) ** 0.5 * torch.finfo(a.dtype).eps))
-        for a in found
-    ]
-    return all(error < bound for error, bound in zip(relative.tolist(), bounds, strict=True))
+    # Loose bounds, to catch what is wrong and not what is rounded: ten units of the last place, or
+    # of as many fp32 roundings as the statistics and the parameters' gradients have terms, which
+    # walk like the square root. PyTorch's CPU adds the rows of channels_last one after another:
+    # its y was off by 88 units at 262,144 terms.
+    terms = N * H * W
+    bound = 10 * max(torch.finfo(y.dtype).eps, terms**0.5 * torch.finfo(torch.float32).eps)
+    return bool((relative < bound).all())
 
 
 def _channels(t: Tensor, channels: slice) -> Tensor:

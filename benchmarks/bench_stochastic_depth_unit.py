@@ -40,7 +40,7 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
         settings += [(depth, 128, 0.5) for depth in (20, 110)]
         settings += [(56, N, 0.5) for N in (32, 512, 2048)] + [(56, 128, p) for p in (0.2, 0.8)]
     for depth, N, p in settings:
-        about = {"dtype": "fp32", "layout": "NHWC", "depth": depth, "width": width, "N": N}
+        about = {"dtype": "fp32", "layout": "NHWC", "depth": depth, "width": width, "N": N, "p": p}
         # What three stages of convolutions write, of which a backward needs nearly all.
         nbytes = 4 * N * (depth - 2) // 3 * width * (32**2 + 2 * 16**2 + 4 * 8**2)
         yield Case(about, nbytes, partial(_make, device, depth, width, N, p))
