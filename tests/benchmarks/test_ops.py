@@ -10,7 +10,6 @@ import _comparison
 import _meprop_ratios
 import bench_batch_norm_relu
 import bench_cast
-import bench_stochastic_depth_unit
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,8 +244,9 @@ def test_a_step_of_another_loss_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
         loss = torch.tensor(next(losses))
         return lambda: loss
 
-    monkeypatch.setattr(bench_stochastic_depth_unit, "make_step", make_step)
-    rows = bench_stochastic_depth_unit.bench(CPU, True, 0.001, "stages", Clock())["rows"]
+    bench_unit = importlib.import_module("bench_stochastic_depth_unit")
+    monkeypatch.setattr(bench_unit, "make_step", make_step)
+    rows = bench_unit.bench(CPU, True, 0.001, "stages", Clock())["rows"]
     wrong = [(row["provider"], row["mode"]) for row in rows if "failed" in row]
     assert wrong == [("fastres", "none"), ("fastres", "row")]
     assert all("time_ratio" not in row for row in rows)  # beside a step that is not right
