@@ -1,21 +1,24 @@
 """How meProp's benchmarks time a backward at several ratios beside the dense one."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
-from _timing import Timing, percentiles, time_op
+from _comparison import Case, compiled, made, row_text, run_cases
+from _results import Row, WrongResult, measured
+from _timing import Clock, Timing, percentiles, speed, time_op
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.ops._meprop import count_kept, select_channels, select_row
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SIZES = ("layout", "N", "in", "out", "C", "H")
 RATIOS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
+_MODES = ("unified", "row")
+# All of these are timed in turn, and so live at once.
+PASSES = 3 + len(_MODES) * len(RATIOS)
 
 
 def gradient(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -24,10 +27,9 @@ def gradient(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Case:
+class Layer:
     """A layer: its tensors, its dense op, meProp's op and reference, and the width by mode."""
 
-    about: dict[str, Any]
     x: Tensor
     weight: Tensor
     bias: Tensor
@@ -46,65 +48,124 @@ class Case:
 
 
 def time_ratios(
-    case: Case, ratios: tuple[float, ...], device: torch.device, seconds: float
-) -> list[dict[str, Any]]:
-    """A row for the dense backward and one for each mode and ratio."""
-    rows: list[dict[str, Any]] = []
-    ys = {("dense", 1.0): case.dense(*case.leaves)}
-    for mode in ("unified", "row"):
-        for ratio in ratios:
-            about = case.about | {"mode": mode, "ratio": ratio}
-            y = case.op(*case.leaves, ratio=ratio, mode=mode)
-            if _is_right(case, y, count_kept(None, ratio, case.width[mode], ""), mode):
-                ys[mode, ratio] = y
-            else:
-                print(f"{about}: wrong gradients, no speed reported")
-                rows.append(about | {"right": False})
-    passes: dict[Any, Any] = {key: partial(case.backward, y) for key, y in ys.items()}
-    timings = _time_in_turn(passes, device, seconds)
-    dense_ms = timings["dense", 1.0].median_ms
-    for (mode, ratio), timing in timings.items():
-        with FlopCounterMode(display=False) as counter:
-            case.backward(ys[mode, ratio])
-        row = case.about | {"mode": mode, "ratio": ratio, "right": True, **timing.as_dict()}
-        row |= {"gflop": counter.get_total_flops() / 1e9, "speedup": dense_ms / timing.median_ms}
-        if mode != "dense" and ratio < 1:
-            row["select"] = _time_selection(case, mode, ratio, device, seconds)
+    device: torch.device, cases: Iterable[Case], small: bool, seconds: float, clock: Clock
+) -> dict[str, Any]:
+    """Rows of the dense backward by every peer, and of meProp's by mode and ratio.
+
+    cases: of Layers.
+    """
+    ratios = (1.0, 1 / 4) if small else RATIOS
+    return run_cases(
+        device, cases, seconds, clock,
+        lambda case, roof: _rows(case, ratios, device, seconds, roof),
+    )  # fmt: skip
+
+
+def _rows(
+    case: Case, ratios: tuple[float, ...], device: torch.device, seconds: float, roof: float
+) -> list[Row]:
+    layer, row = made(case)
+    if layer is None:
+        return [row]
+    rows: list[Row] = []
+    abouts: list[Row] = []
+    backwards: list[Callable[[], tuple[Tensor, ...]]] = []
+    dense = {"eager": layer.dense, **compiled(layer.dense)}
+    chosen: list[tuple[str, Callable[..., Tensor], str, float]] = [
+        (name, op, "dense", 1.0) for name, op in dense.items()
+    ]
+    for mode in _MODES:
+        chosen += [
+            ("fastres", partial(layer.op, ratio=ratio, mode=mode), mode, ratio) for ratio in ratios
+        ]
+    for name, op, mode, ratio in chosen:
+        about: Row = {"provider": name, **case.about, "mode": mode, "ratio": ratio}
+        about |= {"pass": "backward", "timer": "wall clock"}
+        ys: list[Tensor] = []
+        row = measured(about, partial(_check, layer, op, mode, ratio, ys))
+        if ys:
+            abouts.append(about)
+            backwards.append(partial(layer.backward, ys[0]))
+        else:
+            rows.append(row)
+
+    timings: list[Timing] = []
+
+    def time() -> Row:
+        timings.extend(_time_in_turn(backwards, device, seconds))
+        return {}
+
+    row = measured(case.about | {"pass": "backward"}, time)
+    if len(timings) != len(abouts):
+        return [*rows, row]
+    gflop: dict[tuple[str, float], float] = {}
+    dense_ms = next(
+        (t.median_ms for a, t in zip(abouts, timings, strict=True) if a["provider"] == "eager"),
+        None,
+    )
+    for about, backward, timing in zip(abouts, backwards, timings, strict=True):
+        mode, ratio = about["mode"], about["ratio"]
+        # A compiled backward does the dense one's work, out of the counter's sight.
+        if about["provider"] in ("eager", "fastres"):
+            with FlopCounterMode(display=False) as counter:
+                backward()
+            gflop[mode, ratio] = counter.get_total_flops() / 1e9
+        row = about | timing.as_dict()
+        if (mode, ratio) in gflop:
+            row["gflop"] = gflop[mode, ratio]
+        if dense_ms is not None:
+            row["speedup"] = dense_ms / timing.median_ms
         rows.append(row)
-        print(_text(row))
+        print(row_text(row), flush=True)
+        if mode != "dense" and ratio < 1:
+            select = partial(_time_selection, layer, mode, ratio, device, seconds / 4, roof)
+            rows.append(measured(about | {"pass": "selection"}, select))
+            if "median_ms" in rows[-1]:
+                print(row_text(rows[-1]), flush=True)
     return rows
 
 
-def _is_right(case: Case, y: Tensor, k: int, mode: str) -> bool:
-    """Gradients within rounding of the reference's, by the norm of each."""
-    got = case.backward(y)
-    want = case.backward(case.reference(*case.leaves, k, mode))
-    eps = torch.finfo(y.dtype).eps
-    return all(
-        bool((a.float() - b.float()).norm() <= 16 * eps * b.float().norm())
-        for a, b in zip(got, want, strict=True)
-    )
+def _check(
+    layer: Layer, op: Callable[..., Tensor], mode: str, ratio: float, ys: list[Tensor]
+) -> Row:
+    """Put op's output into ys if its gradients are within rounding of the reference's."""
+    y = op(*layer.leaves)
+    reference = "unified" if mode == "dense" else mode
+    k = count_kept(None, ratio, layer.width[reference], "")
+    # By the norm of each. Sums have rounding errors that walk as the root of their terms.
+    dy, weight = layer.dy, layer.weight
+    terms = max(dy.numel() // dy.shape[1], weight.numel() // weight.shape[1])
+    bound = torch.finfo(y.dtype).eps * max(16, terms**0.5)
+    # cuDNN takes tf32 for fp32 convolutions, of a precision that depends on the algorithm.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        got = layer.backward(y)
+        want = layer.backward(layer.reference(*layer.leaves, k, reference))
+    for a, b in zip(got, want, strict=True):
+        if not bool((a.float() - b.float()).norm() <= bound * b.float().norm()):
+            raise WrongResult
+    ys.append(y)
+    return {}
 
 
 def _time_in_turn(
-    passes: dict[Any, Callable[[], Any]], device: torch.device, seconds: float
-) -> dict[Any, Timing]:
+    passes: list[Callable[[], Any]], device: torch.device, seconds: float
+) -> list[Timing]:
     """Wall time of each, one call of every one after the other, for `seconds` times their number.
 
     Host work counts: a backward that is shorter than its launches is no faster for it.
     """
-    times: dict[Any, list[float]] = {key: [] for key in passes}
-    for fn in passes.values():
+    times: list[list[float]] = [[] for _ in passes]
+    for fn in passes:
         fn()
-    end = time.perf_counter() + seconds * len(passes)
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for key, fn in passes.items():
+    end = perf_counter() + seconds * len(passes)
+    while times and (perf_counter() < end or len(times[-1]) < 5):
+        for found, fn in zip(times, passes, strict=True):
             _synchronize(device)
-            start = time.perf_counter()
+            start = perf_counter()
             fn()
             _synchronize(device)
-            times[key].append(1000 * (time.perf_counter() - start))
-    return {key: percentiles(found) for key, found in times.items()}
+            found.append(1000 * (perf_counter() - start))
+    return [percentiles(found) for found in times]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -113,24 +174,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _time_selection(
-    case: Case, mode: str, ratio: float, device: torch.device, seconds: float
-) -> dict[str, float]:
-    dy = case.dy if case.dy.dim() == 4 else case.dy[:, :, None, None]
-    k = count_kept(None, ratio, case.width[mode], "")
+    layer: Layer, mode: str, ratio: float, device: torch.device, seconds: float, roof: float
+) -> Row:
+    """The selection alone: dy is read once, and for "row" written once."""
+    dy = layer.dy if layer.dy.dim() == 4 else layer.dy[:, :, None, None]
+    k = count_kept(None, ratio, layer.width[mode], "")
     select = select_row if mode == "row" else select_channels
-    timing = time_op(lambda: select(dy, k), device, seconds / 4)
-    moved = dy.nbytes * (2 if mode == "row" else 1)
-    return timing.as_dict() | {"gb_per_s": moved / timing.median_ms / 1e6}
-
-
-def _text(row: dict[str, Any]) -> str:
-    names = [f"{name}={value}" for name, value in row.items() if name in SIZES]
-    text = (
-        f"{row['mode']:7} ratio {row['ratio']:<8.4g} {row['dtype']} {' '.join(names)}  "
-        f"{row['median_ms']:9.3f} ms [{row['low_ms']:.3f}, {row['high_ms']:.3f}] "
-        f"{row['gflop']:8.3f} GFLOP  {row['speedup']:5.2f}x dense"
-    )
-    if "select" in row:
-        select = row["select"]
-        text += f"  (selection {select['median_ms']:.3f} ms, {select['gb_per_s']:.1f} GB/s)"
-    return text
+    timing = time_op(lambda: select(dy, k), device, seconds)
+    timer = "wall clock" if device.type != "cuda" else "events, cold L2"
+    return {"timer": timer} | speed(timing, dy.nbytes * (2 if mode == "row" else 1), roof)

@@ -16,7 +16,7 @@ def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentPa
         description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     made.add_argument("--small", action="store_true", help="toy size, to see that it works")
     if seconds is not None:
@@ -26,6 +26,18 @@ def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentPa
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     return made
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {name}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {name}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{name}: no GPU here; --device cpu measures on the CPU")
+    return device
 
 
 def finish(benchmark: str, args: argparse.Namespace, content: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from _report_tables import File
+from _report_tables import WARM, File
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -107,15 +107,15 @@ def growth(axes: Axes, file: File) -> bool:
 
 
 def op_bars(axes: Axes, file: File) -> bool:
-    """Share of the copy bandwidth at the largest case of each pass, by provider."""
-    rows = [row for row in file.rows if "share_of_copy" in row]
+    """The best case of each pass, by provider, beneath the bandwidth of a copy."""
+    rows = [row for row in file.rows if "share_of_copy" in row and row["timer"] != WARM]
     if not rows:
         return False
     names = list(dict.fromkeys(r["provider"] for r in rows))
-    passes = list(dict.fromkeys(r.get("pass", "") for r in rows))
+    passes = list(dict.fromkeys(r["pass"] for r in rows))
     for i, name in enumerate(names):
         best = [
-            max((r["gb_per_s"] for r in rows if r["provider"] == name and r.get("pass", "") == p),
+            max((r["gb_per_s"] for r in rows if r["provider"] == name and r["pass"] == p),
                 default=0.0)
             for p in passes
         ]  # fmt: skip
@@ -123,7 +123,7 @@ def op_bars(axes: Axes, file: File) -> bool:
                  0.8 / len(names), label=name)  # fmt: skip
     if file.content.get("copy_gb_per_s"):
         axes.axhline(file.content["copy_gb_per_s"], color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(passes)), [p or file.benchmark for p in passes])
+    axes.set_xticks(range(len(passes)), passes)
     axes.set_ylabel("GB/s of the fewest bytes, best case")
     axes.set_title(f"{file.benchmark}; the line is a copy's bandwidth")
     axes.legend(fontsize=7)

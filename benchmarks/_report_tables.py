@@ -8,6 +8,8 @@ from typing import Any
 from _results import Row
 
 UNMEASURED = "not measured yet"
+# The timer whose rows flatter what fits the cache: no headline and no plot is made of them.
+WARM = "CUDA graph, warm L2"
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ def pick(rows: Iterable[Row], **wanted: Any) -> Row | None:
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure of README: from which benchmark, and how it reads its rows."""
+    """A figure of README: from which benchmark, and how it reads its rows.
+
+    anywhere: it is the same on every machine, and stands once.
+    """
 
     what: str
     benchmark: str
     figure: Callable[[list[Row]], str | None]
     command: str
+    anywhere: bool = False
 
 
 def headlines(files: list[File], wanted: Iterable[Headline]) -> str:
@@ -89,7 +95,7 @@ def headlines(files: list[File], wanted: Iterable[Headline]) -> str:
                 if figure is not None:
                     mark = notes.setdefault(f"{file.about}", f"[{len(notes) + 1}]")
                     return f"{figure} {mark}"
-        return UNMEASURED
+        return "needs none" if headline.anywhere and on_gpu else UNMEASURED
 
     lines = ["| what | on a GPU | on a CPU | command |", "|---|---|---|---|"]
     lines += [f"| {h.what} | {cell(h, True)} | {cell(h, False)} | `{h.command}` |" for h in wanted]
@@ -109,8 +115,6 @@ def _flat(row: Row) -> Row:
     for key, value in row.items():
         if key == "median_ms":
             found["ms"] = _timing(row)
-        elif key == "graph":
-            found["ms in a CUDA graph"] = _timing(value)
         elif key in ("failed", "not_measured"):
             found["ms"] = UNMEASURED if value == "out of time" else value
         elif key not in ("low_ms", "high_ms", "n") and not isinstance(value, list | dict):

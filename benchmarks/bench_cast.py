@@ -1,20 +1,19 @@
-"""Time cast, fp32 masters to half weights, beside PyTorch's copy_.
+"""Time cast, fp32 masters to half weights, beside PyTorch's copy_ and torch.compile.
 
-    python benchmarks/bench_cast.py [--device cpu] [--small] [--json FILE]
+    python benchmarks/bench_cast.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
-Bytes: every element read once and written once.
+Bytes: every element read once and written once. --sweep stages takes the parameters of the networks
+of depth 20 and 122, and more than a cache holds; --sweep full every fourth power of two.
 """
 
-import argparse
-import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment
-from _timing import copy_bandwidth, speed, speed_text, time_graph, time_op
+from _comparison import Case, Op, Work, compare, compiled, run_program
+from _timing import Clock
 from torch import Tensor
 
 from fastres.ops import cast
@@ -22,47 +21,47 @@ from fastres.ops import cast
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def bench(device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
-    """Every size and dtype by every provider; a wrong result gets no speed."""
-    roof = copy_bandwidth(device, seconds)
-    print(f"copy bandwidth {roof:,.0f} GB/s")
-    rows: list[dict[str, Any]] = []
-    # The parameters of the networks of depth 20 and 122, and more than a cache holds.
-    for numel in (272_480,) if small else (272_480, 1_930_000, 2**26):
-        source = torch.randn(numel, device=device)
+def eager(source: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(source)
+
+
+def _make(numel: int, dtype: torch.dtype, device: torch.device) -> Work:
+    source = torch.randn(numel, device=device)
+    out = torch.empty(numel, dtype=dtype, device=device)
+
+    def check(op: Op) -> bool:
+        out.fill_(torch.nan)
+        return torch.equal(op(source, out), source.to(dtype))
+
+    def passes(op: Op) -> dict[str, Callable[[], Any]]:
+        return {"forward": partial(op, source, out)}
+
+    providers: dict[str, Op] = {"fastres": cast, "eager": eager, **compiled(eager)}
+    return Work(providers, check, passes, {"forward": source.nbytes + out.nbytes})
+
+
+def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
+    sizes: tuple[int, ...] = (272_480, 1_930_000, 2**26)
+    if small:
+        sizes = (1000,)
+    elif sweep == "full":
+        sizes = tuple(2**i for i in range(12, 31, 2))
+    for numel in sizes:
         for dtype_name, dtype in _DTYPES.items():
-            out = torch.empty(numel, dtype=dtype, device=device)
-            providers: dict[str, Callable[[], Tensor]] = {
-                "fastres": partial(cast, source, out),
-                "torch": partial(out.copy_, source),
-            }
-            for name, fn in providers.items():
-                about = {"provider": name, "dtype": dtype_name, "numel": numel}
-                out.fill_(torch.nan)
-                if not torch.equal(fn(), source.to(dtype)):
-                    print(f"{about}: wrong result, no speed reported")
-                    rows.append(about | {"right": False})
-                    continue
-                moved = source.nbytes + out.nbytes
-                row = about | {"right": True, **speed(time_op(fn, device, seconds), moved, roof)}
-                if device.type == "cuda":
-                    row["graph"] = speed(time_graph(fn, seconds), moved, roof)
-                rows.append(row)
-                print(f"{name:8} {dtype_name} numel={numel:<9} {speed_text(row)}")
-    return {"copy_gb_per_s": roof, "rows": rows}
+            about = {"dtype": dtype_name, "numel": numel}
+            yield Case(about, (4 + dtype.itemsize) * numel, partial(_make, numel, dtype, device))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="one small size")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of timing, a figure")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    args = parser.parse_args()
-    results = environment() | bench(torch.device(args.device), args.small, args.seconds)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+def bench(
+    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+) -> dict[str, Any]:
+    """Every size and dtype by every provider; a wrong result gets no speed."""
+    return compare(device, _cases(device, small, sweep), seconds, clock)
+
+
+def main() -> int:
+    return run_program(__doc__, "cast", bench)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,74 +1,94 @@
 """Time meprop_conv2d's backward, its selection included, beside the dense backward.
 
-    python benchmarks/bench_meprop_conv2d.py [--device cpu] [--small] [--json FILE]
+    python benchmarks/bench_meprop_conv2d.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
-Convolutions are 3x3, of C to C channels. Dense and sparse backward take turns, so that a machine's
-moods meet both. FLOPs are what PyTorch counts in the backward's products; GB/s are those of the
-selection alone, of reading dy once (for "row" also writing what is kept).
+Convolutions are 3x3, of C to C channels. Dense backwards, eager and compiled, and sparse ones take
+turns, so that a machine's moods meet them all; speedup is over the eager one. FLOPs are what
+PyTorch counts in the backward's products; GB/s are those of the selection alone, of reading dy once
+(for "row" also writing what is kept). --sweep full takes one base shape and changes C, the image's
+side and the batch size one at a time; C ends at 512, where a backward is a second's work already.
 """
 
-import argparse
-import itertools
-import json
+import sys
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _environment import environment
-from _meprop_ratios import DTYPES, RATIOS, Case, gradient, time_ratios
+from _comparison import LAYOUTS, Case, dtypes, run_program, sweep_axes
+from _meprop_ratios import PASSES, Layer, gradient, time_ratios
+from _timing import Clock
 from torch import Tensor
 
 from fastres.ops import meprop_conv2d
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
 
-FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+_BASE = {"N": 128, "C": 64, "H": 28}
+_AXES = {
+    "C": (16, 32, 64, 128, 256, 512),
+    "H": (8, 14, 28, 56),
+    "N": (32, 128, 512, 1024, 4096),
+}
 
 
-def bench(device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
-    """Every size, dtype, layout and mode at every ratio; a wrong gradient gets no speed."""
-    sizes = [(4, 8, 8)] if small else [(128, 64, 8), (32, 256, 16)]
-    names = ["fp32"] if device.type == "cpu" else list(DTYPES)
-    rows: list[dict[str, Any]] = []
-    for dtype, (N, C, H), layout in itertools.product(names, sizes, FORMATS):
+def _make(
+    N: int, C: int, H: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
+) -> Layer:
+    def tensor(*shape: int) -> Tensor:
+        v = torch.randn(*shape, device=device, dtype=dtype)
+        return v.contiguous(memory_format=layout) if v.dim() == 4 else v
 
-        def tensor(*shape: int, dtype: str = dtype, layout: str = layout) -> Tensor:
-            v = torch.randn(*shape, device=device, dtype=DTYPES[dtype])
-            return v.contiguous(memory_format=FORMATS[layout]) if v.dim() == 4 else v
+    return Layer(
+        x=tensor(N, C, H, H).requires_grad_(),
+        weight=(tensor(C, C, 3, 3) / (9 * C) ** 0.5).requires_grad_(),
+        bias=tensor(C).requires_grad_(),
+        dy=gradient(N, C, H, H, device=device, dtype=dtype).contiguous(memory_format=layout),
+        width={"unified": C, "row": C * H * H},
+        dense=_dense,
+        op=partial(meprop_conv2d, padding=1),
+        reference=_reference,
+    )
 
-        case = Case(
-            about={"dtype": dtype, "layout": layout, "N": N, "C": C, "H": H},
-            x=tensor(N, C, H, H).requires_grad_(),
-            weight=(tensor(C, C, 3, 3) / (9 * C) ** 0.5).requires_grad_(),
-            bias=tensor(C).requires_grad_(),
-            dy=gradient(N, C, H, H, device=device, dtype=DTYPES[dtype]).contiguous(
-                memory_format=FORMATS[layout]
-            ),
-            width={"unified": C, "row": C * H * H},
-            dense=partial(F.conv2d, padding=1),
-            op=partial(meprop_conv2d, padding=1),
-            reference=_reference,
-        )
-        rows += time_ratios(case, RATIOS, device, seconds)
-    return {"rows": rows}
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor, k: int, mode: str) -> Tensor:
     return meprop_conv2d_reference(x, weight, bias, 1, 1, 1, 1, k, mode)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="one small convolution")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of timing, a ratio")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    args = parser.parse_args()
-    results = environment() | bench(torch.device(args.device), args.small, args.seconds)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
+    sizes = [{"N": 128, "C": 64, "H": 8}, {"N": 32, "C": 256, "H": 16}]
+    if small:
+        sizes = [{"N": 4, "C": 8, "H": 8}]
+    elif sweep == "full":
+        sizes = list(sweep_axes(_BASE, _AXES))
+    for name, dtype in dtypes(device).items():
+        for layout_name, layout in LAYOUTS.items():
+            for size in sizes:
+                # x, its gradient and dy, and a y for each pass.
+                numel = size["N"] * size["C"] * size["H"] ** 2
+                yield Case(
+                    {"dtype": name, "layout": layout_name, **size},
+                    (3 + PASSES) * numel * dtype.itemsize,
+                    partial(_make, **size, dtype=dtype, layout=layout, device=device),
+                )
+            if small:
+                break
+
+
+def bench(
+    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+) -> dict[str, Any]:
+    """Every size, dtype, layout and mode at every ratio; a wrong gradient gets no speed."""
+    return time_ratios(device, _cases(device, small, sweep), small, seconds, clock)
+
+
+def main() -> int:
+    return run_program(__doc__, "meprop_conv2d", bench, seconds=0.5)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

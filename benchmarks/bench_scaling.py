@@ -209,14 +209,14 @@ def main() -> int:
     try:
         network = _network(args)
         if args.model_from:
-            return finish("bench_scaling", args, _from_file(args.model_from, network))
+            return finish("scaling", args, _from_file(args.model_from, network))
         _check(args)
     except (ResultsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model = {k: v for k, v in (("depth", args.depth), ("width", args.width)) if v is not None}
     return finish(
-        "bench_scaling", args,
+        "scaling", args,
         bench(
             args.device, args.small, args.seconds, Clock(), args.processes, args.batch_size,
             args.backend, args.timeout, network, **model,
@@ -272,9 +272,9 @@ def _from_file(path: Path, network: Network | None) -> dict[str, Any]:
         ResultsError: the file is of another form or of another benchmark.
     """
     content = load(path)
-    if content["benchmark"] != "bench_scaling" or not isinstance(content.get("rows"), list):
+    if content["benchmark"] != "scaling" or not isinstance(content.get("rows"), list):
         raise ResultsError(
-            f"{path.name}: holds results of {content['benchmark']}, and those of bench_scaling are "
+            f"{path.name}: holds results of {content['benchmark']}, and those of scaling are "
             "read here"
         )
     source = {key: content.get(key) for key in ("command", "date", "gpu", "cpu", "torch")}

@@ -1,22 +1,24 @@
 """Time a step of FusedSGD, alone and under LossScaler, beside torch's SGD and GradScaler.
 
-    python benchmarks/bench_sgd_step.py [--device cpu] [--small] [--json FILE]
+    python benchmarks/bench_sgd_step.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
-"step" is optimizer.step(); "scaled" is the scaler's step and update: check, unscale, step and the
-next scale. Host work counts, so both are timed by the wall clock, on a GPU with the device's last
-kernel waited for. Bytes: gradient, parameter and momentum read, the last two written.
+"step" is optimizer.step(); "scaled step" is the scaler's step and update: check, unscale, step and
+the next scale. "fused" and "foreach" are PyTorch's own SGDs, "compile" the latter's step compiled:
+not under GradScaler, which asks the host about every step, and not the deep networks' on a CPU,
+where a loop is compiled for each parameter. Host work counts, so both are timed by the wall clock,
+on a GPU with the device's last kernel waited for. Bytes: gradient, parameter and momentum read, the
+last two written.
 """
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from _environment import environment
+from _comparison import COMPILED, Case, Op, Work, compare, run_program
 from _gradients import gradients, shapes
-from _timing import copy_bandwidth, speed, speed_text, time_wall
+from _timing import Clock
 from torch import Tensor, nn
 
 from fastres.amp import LossScaler
@@ -31,9 +33,8 @@ class Training:
     def __init__(self, optimizer: str, depth: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes(depth)]
-        self.grads = gradients(depth, torch.float32, device)
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad.clone()
+        for p, grad in zip(self.params, gradients(depth, torch.float32, device), strict=True):
+            p.grad = grad
         self.scaler: Any
         if optimizer == "fastres":
             self.optimizer: torch.optim.Optimizer = FusedSGD(self.params, **_SGD)
@@ -51,53 +52,74 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def after_two_steps(self, step: Callable[["Training"], None]) -> Tensor:
-        for _ in range(2):
-            step(self)
+    def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.params])
 
 
-def bench(device: torch.device, small: bool, seconds: float) -> dict[str, Any]:
+_STEPS = {"step": Training.step, "scaled step": Training.scaled}
+
+
+def _step_of(training: Training) -> Op:
+    def step() -> None:
+        training.optimizer.step()
+
+    return step
+
+
+def _make(depth: int, name: str, device: torch.device) -> Work:
+    wanted = Training("for-loop", depth, device)
+    for _ in range(2):
+        _STEPS[name](wanted)
+
+    def provider(optimizer: str, mode: str | None = None) -> Op:
+        steps: list[Op] = []
+        trainings: list[Training] = []  # of this provider alone, made when it first runs
+
+        def step() -> Training:
+            if not trainings:
+                training = Training(optimizer, depth, device)
+                fn: Op = partial(_STEPS[name], training)
+                if mode is not None:
+                    # Dynamo takes functions, and an optimizer's step inside of one.
+                    fn = torch.compile(_step_of(training), dynamic=False, mode=mode)
+                trainings.append(training)
+                steps.append(fn)
+            steps[0]()
+            return trainings[0]
+
+        return step
+
+    def check(op: Op) -> bool:
+        op()
+        return torch.allclose(op().weights(), wanted.weights(), rtol=1e-5, atol=1e-5)
+
+    providers = {optimizer: provider(optimizer) for optimizer in ("fastres", "fused", "foreach")}
+    if name == "step" and (device.type == "cuda" or depth <= 20):
+        providers |= {key: provider("foreach", mode) for key, mode in COMPILED.items()}
+    moved = 5 * sum(p.nbytes for p in wanted.params)
+    return Work(providers, check, lambda op: {name: op}, {name: moved}, host=True)
+
+
+def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
+    for depth in (8,) if small else (20, 56, 110, 122) if sweep == "full" else (20, 122):
+        numel = sum(torch.Size(shape).numel() for shape in shapes(depth))
+        for name in _STEPS:
+            # Parameter, gradient and momentum, of the reference and of a provider.
+            yield Case(
+                {"depth": depth, "pass": name}, 6 * 4 * numel, partial(_make, depth, name, device)
+            )
+
+
+def bench(
+    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+) -> dict[str, Any]:
     """Every depth by every provider; a wrong result gets no speed."""
-    roof = copy_bandwidth(device, seconds)
-    print(f"copy bandwidth {roof:,.0f} GB/s")
-    rows: list[dict[str, Any]] = []
-    for depth in (20,) if small else (20, 122):
-        for direction, step in (("step", Training.step), ("scaled", Training.scaled)):
-            wanted = Training("for-loop", depth, device).after_two_steps(step)
-            for name in ("fastres", "fused", "foreach"):
-                training = Training(name, depth, device)
-                about = {"provider": name, "depth": depth, "what": direction}
-                if not torch.allclose(training.after_two_steps(step), wanted, 1e-5, 1e-5):
-                    print(f"{about}: wrong result, no speed reported")
-                    rows.append(about | {"right": False})
-                    continue
-
-                def fn(
-                    training: Training = training, step: Callable[[Training], None] = step
-                ) -> None:
-                    step(training)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-
-                moved = 5 * sum(p.nbytes for p in training.params)
-                row = about | {"right": True, **speed(time_wall(fn, seconds), moved, roof)}
-                rows.append(row)
-                print(f"{name:8} depth={depth:<4} {direction:7} {speed_text(row)}")
-    return {"copy_gb_per_s": roof, "rows": rows}
+    return compare(device, _cases(device, small, sweep), seconds, clock)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="one small network")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of timing, a figure")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    args = parser.parse_args()
-    results = environment() | bench(torch.device(args.device), args.small, args.seconds)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+def main() -> int:
+    return run_program(__doc__, "sgd_step", bench, seconds=0.2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

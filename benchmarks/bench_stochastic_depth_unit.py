@@ -1,83 +1,139 @@
 """What stochastic depth saves: FLOPs and time of a whole training step, beside p = 0.
 
-    python benchmarks/bench_stochastic_depth_unit.py [--device cpu] [--small] [--json FILE]
+    python benchmarks/bench_stochastic_depth_unit.py [--sweep full] [--device cpu] [--small]
+                                                     [--json FILE]
 
-The modes take their steps in turn, so that what slows the machine slows them all. Steps of "batch"
-differ in the units that they drop: its figures are means over steps, as a run's time is.
+The modes take their steps in turn, so that what slows the machine slows them all. "eager" is the
+plain model in PyTorch's own ops at p = 0; bench_step.py has a whole step's other peers. Steps of
+"batch" differ in the units that they drop: time_ratio and flops_ratio are of means over steps, as a
+run's time is, and beside fastres at p = 0. --sweep stages takes depth 56, batch 128 and p = 0.5;
+--sweep full changes one of the three at a time.
 """
 
-import argparse
-import json
+import math
 import statistics
-import time
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
-from _environment import environment
+from _comparison import Case, made, row_text, run_cases, run_program
+from _results import Row, WrongResult, measured
+from _timing import Clock, percentiles
 from _training_step import make_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.data import split, synthetic
 
 MODES = ("batch", "subset", "row")
+_LEAST_STEPS = 5
 
 
-def bench(device: torch.device, small: bool, rounds: int, depth: int, p: float) -> dict[str, Any]:
-    """Mean time and FLOPs of a step by mode, at drop probability p for every unit."""
-    batch_size, width = (16, 4) if small else (128, 16)
-    data = split(synthetic(batch_size, 20)).to(device)
-    fixed: dict[str, Any] = {"batch_size": batch_size, "fused": True, "drop_schedule": "uniform"}
-    steps = {"p=0": make_step(device, data, fixed, None, depth=depth, width=width)}
+def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
+    width = 4 if small else 16
+    settings = [(56, 128, 0.5)]
+    if small:
+        settings = [(8, 16, 0.5)]
+    elif sweep == "full":
+        settings += [(depth, 128, 0.5) for depth in (20, 110)]
+        settings += [(56, N, 0.5) for N in (32, 512, 2048)] + [(56, 128, p) for p in (0.2, 0.8)]
+    for depth, N, p in settings:
+        about = {"dtype": "fp32", "layout": "NHWC", "depth": depth, "width": width, "N": N, "p": p}
+        # What three stages of convolutions write, of which a backward needs nearly all.
+        nbytes = 4 * N * (depth - 2) // 3 * width * (32**2 + 2 * 16**2 + 4 * 8**2)
+        yield Case(about, nbytes, partial(_make, device, depth, width, N, p))
+
+
+def _make(
+    device: torch.device, depth: int, width: int, N: int, p: float
+) -> dict[tuple[str, str, float], Any]:
+    """Training steps by provider, mode and p."""
+    data = split(synthetic(N, 20)).to(device)
+    fixed: dict[str, Any] = {"batch_size": N, "drop_schedule": "uniform"}
+    settings: dict[tuple[str, str, float], dict[str, Any]] = {
+        ("eager", "none", 0.0): {"fused": False},
+        ("fastres", "none", 0.0): {"fused": True},
+    }
     for mode in MODES:
-        settings = fixed | {"drop_prob": p, "drop_mode": mode}
-        steps[mode] = make_step(device, data, settings, None, depth=depth, width=width)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    flops: dict[str, list[int]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, step in steps.items():
-            # Counted at steps of its own: counting takes time.
-            counter = FlopCounterMode(display=False)
-            with counter:
-                step()
-            flops[name].append(counter.get_total_flops())
-            start = time.perf_counter()
-            float(step())
-            if i > 0:
-                times[name].append(time.perf_counter() - start)
-    rows = []
-    for name in steps:
-        seconds, work = statistics.mean(times[name]), statistics.mean(flops[name])
-        row = {
-            "mode": name,
-            "seconds": seconds,
-            "median_seconds": statistics.median(times[name]),
-            "gflops": work / 1e9,
-            "time_ratio": seconds / statistics.mean(times["p=0"]),
-            "flops_ratio": work / statistics.mean(flops["p=0"]),
-        }
+        settings["fastres", mode, p] = {"fused": True, "drop_prob": p, "drop_mode": mode}
+    return {
+        key: make_step(device, data, fixed | chosen, None, depth=depth, width=width)
+        for key, chosen in settings.items()
+    }
+
+
+def _rows(case: Case, seconds: float) -> list[Row]:
+    steps, row = made(case)
+    if steps is None:
+        return [row]
+    rows: list[Row] = []
+    abouts: dict[tuple[str, str, float], Row] = {}
+    first: dict[tuple[str, str, float], float] = {}
+
+    def check(key: tuple[str, str, float]) -> Row:
+        first[key] = float(steps[key]())
+        # One model and one batch: the plain and the fused step have one loss.
+        peer = first.get(("eager", "none", 0.0), first[key]) if key[2] == 0 else first[key]
+        if not (math.isfinite(first[key]) and math.isclose(first[key], peer, rel_tol=1e-3)):
+            raise WrongResult
+        return {}
+
+    for key in list(steps):
+        provider, mode, p = key
+        about = {"provider": provider} | case.about | {"mode": mode, "p": p, "pass": "step"}
+        row = measured(about, partial(check, key))
+        if set(row) == set(about):
+            abouts[key] = about | {"timer": "wall clock"}
+        else:
+            rows.append(row)
+            del steps[key]
+
+    times: dict[tuple[str, str, float], list[float]] = {key: [] for key in steps}
+    gflop: dict[tuple[str, str, float], list[float]] = {key: [] for key in steps}
+
+    def time() -> Row:
+        end = perf_counter() + 2 * seconds * len(steps)
+        done = 0
+        while steps and (done < _LEAST_STEPS or perf_counter() < end):
+            for key, step in steps.items():
+                # Counted at steps of its own: counting takes time.
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                gflop[key].append(counter.get_total_flops() / 1e9)
+                start = perf_counter()
+                float(step())
+                times[key].append(1000 * (perf_counter() - start))
+            done += 1
+        return {"steps": done}
+
+    row = measured(case.about | {"pass": "step"}, time)
+    if "steps" not in row:
+        return [*rows, row]
+    full = ("fastres", "none", 0.0)
+    for key, about in abouts.items():
+        row = about | percentiles(times[key]).as_dict()
+        row |= {"mean_ms": statistics.mean(times[key]), "gflop": statistics.mean(gflop[key])}
+        if full in abouts:
+            row["time_ratio"] = row["mean_ms"] / statistics.mean(times[full])
+            row["flops_ratio"] = row["gflop"] / statistics.mean(gflop[full])
         rows.append(row)
-        print(
-            f"{name:8} {1000 * seconds:9.1f} ms a step, {row['time_ratio']:.3f} of p=0's;"
-            f" {row['gflops']:8.2f} GFLOP, {row['flops_ratio']:.3f}"
-        )
-    return {"depth": depth, "p": p, "batch_size": batch_size, "rounds": rounds, "rows": rows}
+        print(row_text(row), flush=True)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--depth", type=int, default=56)
-    parser.add_argument("--p", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each mode that are timed")
-    parser.add_argument("--small", action="store_true", help="toy size")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    found = bench(device, args.small, args.rounds, args.depth, args.p)
-    if args.json:
-        args.json.write_text(json.dumps(environment() | found, indent=1) + "\n")
+def bench(
+    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+) -> dict[str, Any]:
+    """Time and FLOPs of a step by mode, with the same drop probability for every unit."""
+    cases = _cases(device, small, sweep)
+    return run_cases(device, cases, seconds, clock, lambda case, _: _rows(case, seconds))
+
+
+def main() -> int:
+    return run_program(__doc__, "stochastic_depth_unit", bench, seconds=10.0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,7 +66,9 @@ def parts(folder: Path | None) -> dict[str, Part]:
         "training": Part("bench_training.py", 60, [*data, *some], data),
         "step_cold": Part("bench_step.py", 30, ["--cold"], ["--cold"]),
         "profile_step": Part("profile_step.py", 20),
-        "stochastic_depth_unit": Part("bench_stochastic_depth_unit.py", 30),
+        "stochastic_depth_unit": Part(
+            "bench_stochastic_depth_unit.py", 30, ["--seconds", "2"], sweep
+        ),
     }
     every |= {op: Part(f"bench_{op}.py", 15, [], sweep) for op in _OPS[:-1]}
     every["scaling"] = Part("bench_scaling.py", 20)

@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +36,36 @@ import torch
 from _program import finish, parser
 from _results import Row, measured
 from _timing import percentiles
-from bench_step import providers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+# isort: split
+# Which makes the modules of train/ importable.
+from _training_step import Step, make_step, providers
 
-import records  # noqa: E402  # found by the line above
-from config import Config  # noqa: E402  # as above
-from errors import TrainError  # noqa: E402  # as above
-from kernel_table import Table  # noqa: E402  # as above
-from profiling import Profile, listener, load_nvtx  # noqa: E402  # as above
-from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
-from workers import Workers  # noqa: E402  # as above
+# isort: split
+import records
+from config import Config
+from errors import TrainError
+from kernel_table import Table
+from profiling import Profile, listener, load_nvtx
 
-from fastres.data import split, synthetic  # noqa: E402  # as above
+from fastres.data import split, synthetic
 
 # Compiling, choosing algorithms, filling the allocator's cache; the last one counts the bytes.
 _WARMUP = {"cuda": 10, "cpu": 3}
 
 
-def profile(
-    config: Config, mode: str | None, device: torch.device, steps: int, out: Path, nvtx: Any
-) -> Table | None:
+def profile(step: Step, steps: int, out: Path, nvtx: Any) -> Table | None:
     """The table of the recorded steps, all on the same images; None where nsys or ncu recorded.
 
     Raises:
         TrainError: the trace cannot be written.
     """
-    set_precision_and_determinism(config)
-    data = split(synthetic(config.batch_size, 20)).to(device)
-    trainer = Trainer(config, Workers(0, 1, 0, device), data)
-    if mode is not None:
-        trainer.model.compile(mode=mode, dynamic=False)
-    trainer.network.train()
+    device = step.trainer.workers.device
     warmup = _WARMUP.get(device.type, _WARMUP["cuda"])
-    recorded = Profile(trainer, steps, out, nvtx, lambda line: print(line, flush=True), warmup)
-    index = torch.arange(config.batch_size, device=device)
-    for number in range(warmup + steps):
-        if mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        trainer.train_step(index, number)
+    say = partial(print, flush=True)
+    recorded = Profile(step.trainer, steps, out, nvtx, say, warmup)
+    for _ in range(warmup + steps):
+        step()
     if recorded.table is None and listener() is None:
         raise TrainError(f"{recorded.path}: no trace was written")
     return recorded.table
@@ -117,8 +109,6 @@ def run(args: argparse.Namespace) -> int:
     """Raises TrainError where something does not fit, before any step is taken."""
     nvtx = load_nvtx("profile_step.py")
     device: torch.device = args.device
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"--device {device}: PyTorch finds no GPU here; pass --device cpu")
     sizes = (16, 8, 4, 2) if args.small else (128, 20, 16, 10)
     given = (args.batch_size, args.depth, args.width, args.steps)
     pairs = zip(given, sizes, strict=True)
@@ -131,15 +121,17 @@ def run(args: argparse.Namespace) -> int:
         for name, how in providers(device).items()
         if name.startswith(args.provider) and "channels_last" in name
     )
-    config = Config(
-        dataset="synthetic", batch_size=batch_size, depth=depth, width=width, **settings
-    )
+    settings = settings | {"batch_size": batch_size}
+    # Raises, in words, where a size does not fit.
+    Config(dataset="synthetic", depth=depth, width=width, **settings)
     about: Row = {"provider": name, "batch_size": batch_size, "depth": depth, "width": width}
     print(f"{name}, batch {batch_size}, depth {depth}, width {width}, on {device}", flush=True)
     found: list[Table | None] = []
 
     def take() -> Row:
-        found.append(profile(config, mode, device, steps, args.out, nvtx))
+        data = split(synthetic(batch_size, 20)).to(device)
+        step = make_step(device, data, settings, mode, depth=depth, width=width)
+        found.append(profile(step, steps, args.out, nvtx))
         return {}
 
     row = measured(about, take)

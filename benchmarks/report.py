@@ -8,6 +8,7 @@ Of each benchmark the newest file of each hardware counts. Toy sizes (--small) n
 """
 
 import argparse
+import math
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from _report_plots import draw_all
-from _report_tables import UNMEASURED, File, Headline, headlines, newest, pick, table
+from _report_tables import UNMEASURED, WARM, File, Headline, headlines, newest, pick, table
 from _results import ResultsError, Row, load
 
 _ROOT = Path(__file__).parent.parent
@@ -95,16 +96,47 @@ def _accuracies(rows: list[Row]) -> str | None:
 def _bandwidth(rows: list[Row]) -> str | None:
     """The best case of each pass, and what the best peer makes of the same case."""
     words = []
-    for direction in dict.fromkeys(row.get("pass") for row in rows if "share_of_copy" in row):
-        mine = [row for row in rows if "share_of_copy" in row and row.get("pass") == direction]
+    cold = [row for row in rows if "share_of_copy" in row and row["timer"] != WARM]
+    for direction in dict.fromkeys(row["pass"] for row in cold):
+        mine = [row for row in cold if row["pass"] == direction]
         ours = [row for row in mine if row["provider"] == "fastres"]
         if ours:
             best = max(ours, key=lambda r: r["gb_per_s"])
+            case = {key: best.get(key) for key in ("dtype", "layout", "N", "C", "H", "residual")}
+            peers = [r for r in mine if r["provider"] != "fastres" and case.items() <= r.items()]
+            ratio = min((r["median_ms"] for r in peers), default=math.nan) / best["median_ms"]
             words.append(
-                f"{direction or ''} {best['gb_per_s']:,.0f} GB/s, {best['share_of_copy']:.0%} of a "
-                f"copy's (n = {best['n']})".strip()
+                f"{direction} {best['gb_per_s']:,.0f} GB/s, {best['share_of_copy']:.0%} of a "
+                f"copy's, {ratio:.2f} × the best peer (n = {best['n']})"
             )
     return "; ".join(words) or None
+
+
+def _builds(rows: list[Row]) -> str | None:
+    nvidia = [row for row in rows if row["target"].startswith("sm_")]
+    amd = [row for row in rows if not row["target"].startswith("sm_")]
+    return (
+        f"{sum(row['spilling'] for row in rows)} of {sum(row['builds'] for row in rows):,} builds "
+        f"spill; at most {max(row['registers'] for row in nvidia)} registers on NVIDIA, "
+        f"{max(row['registers'] for row in amd)} on AMD"
+    )
+
+
+def _account(rows: list[Row]) -> str | None:
+    return "; ".join(
+        f"{row['provider']} {row['passes']:.1f} passes, {row['launches']} launches at batch "
+        f"{row['batch_size']}"
+        for row in rows if row["name"] == "total"
+    ) or None  # fmt: skip
+
+
+def _scaling(rows: list[Row]) -> str | None:
+    """Of measured rows alone: a model's prediction is no figure."""
+    steps = [row for row in rows if row.get("kind") == "step" and "efficiency" in row]
+    return "; ".join(
+        f"{row['processes']} processes, {row['scaling']}: {row['efficiency']:.0%}"
+        for row in steps if row["processes"] > 1
+    ) or None  # fmt: skip
 
 
 _LINEAR, _CONV = {"in": 4096, "out": 4096}, {"C": 256}
@@ -121,6 +153,19 @@ HEADLINES = (
     ),
     Headline(
         "`batch_norm_relu`, best case", "batch_norm_relu", _bandwidth, "bench_batch_norm_relu.py"
+    ),
+    Headline(
+        "data-parallel efficiency of the step (on a CPU the processes share its cores)",
+        "scaling", _scaling, "bench_scaling.py",
+    ),
+    Headline(
+        "every kernel built at every configuration, for sm_80, sm_90, sm_100 and gfx942",
+        "kernel_report", _builds, "kernel_report.py", anywhere=True,
+    ),
+    Headline(
+        "bytes and launches of a step, depth 20, fp16, counted as it runs "
+        "(a pass: the bytes of all convolutions' outputs)",
+        "step_account", _account, "step_account.py", anywhere=True,
     ),
     Headline(
         "stochastic depth, p = 0.5 uniform, depth 56: a step beside p = 0",

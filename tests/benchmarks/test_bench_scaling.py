@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
 
 def test_every_figure_is_there(saved: tuple[dict, str, Path]) -> None:
     content, said, _ = saved
-    assert content["benchmark"] == "bench_scaling" and content["cpu"] and content["date"]
+    assert content["benchmark"] == "scaling" and content["cpu"] and content["date"]
     assert "says nothing about GPUs" in said.replace("\n", " ")
     rows = content["rows"]
     assert not any("failed" in row or "not_measured" in row for row in rows)

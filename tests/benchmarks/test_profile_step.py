@@ -86,7 +86,7 @@ def test_memory_that_runs_out_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
     def runs_out(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(profile_step.Trainer, "train_step", runs_out)
+    monkeypatch.setattr(profile_step.Step, "__call__", runs_out)
     path = tmp_path / "figures.json"
     assert run(monkeypatch, "--small", "--out", str(tmp_path), "--json", str(path)) == 0
     (row,) = _results.load(path)["rows"]

@@ -1,0 +1,248 @@
+"""How an op is compared with its peers: each checked first, then timed, a row for each figure.
+
+A bench_<op>.py lists its cases. A case makes its tensors, names its providers, says whether one of
+them is right, and counts the fewest bytes that a pass of the op must move. Whatever goes wrong is
+the words of a row: for a case that does not fit the memory or the time left, a row without a
+provider.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from _program import finish, parser
+from _results import Row, WrongResult, measured, without_speed
+from _timing import Clock, Timing, copy_bandwidth, speed, time_graph, time_op, time_wall
+
+Op = Callable[..., Any]
+Timer = Callable[[Callable[[], Any], float], Timing]
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+SWEEPS = ("stages", "full")
+
+# CUDA graphs, which "max-autotune" adds to this, keep the outputs of a forward in memory that the
+# next one overwrites, and so do not let one backward be repeated. See time_graph for theirs.
+AUTOTUNE = "max-autotune-no-cudagraphs"
+COMPILED = {"compile": "default", f"compile {AUTOTUNE}": AUTOTUNE}
+
+# Seconds that the first case must have left; from then on as many as the longest case took.
+_FIRST_CASE = 10.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case's tensors, in the closures of what is done with them.
+
+    providers: what is compared, by name.
+    check: whether a provider's results are the reference's.
+    passes: what of a provider is timed, by name.
+    moved: the fewest bytes of a pass; one that is not here gets no GB/s.
+    host: host work counts, so that the wall clock times a GPU too.
+    """
+
+    providers: dict[str, Op]
+    check: Callable[[Op], bool]
+    passes: Callable[[Op], dict[str, Callable[[], Any]]]
+    moved: dict[str, int] = field(default_factory=dict)
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a case is in its rows, the least memory that it takes, and how its work is made."""
+
+    about: Row
+    nbytes: int
+    make: Callable[[], Any]
+
+
+def compiled(op: Op) -> dict[str, Op]:
+    """op by torch.compile, by default and autotuned: two providers."""
+    return {name: torch.compile(op, dynamic=False, mode=mode) for name, mode in COMPILED.items()}
+
+
+def sweep_axes(base: dict[str, int], axes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """base, then base with one of its values after another in place of it, axis by axis."""
+    yield base
+    for axis, values in axes.items():
+        yield from (base | {axis: value} for value in values if value != base[axis])
+
+
+def dtypes(device: torch.device) -> dict[str, torch.dtype]:
+    """The one that trains first, in case the time runs out; halves are tested on CPUs, not fast."""
+    return {"fp32": torch.float32} if device.type == "cpu" else DTYPES
+
+
+def compare(
+    device: torch.device, cases: Iterable[Case], seconds: float, clock: Clock
+) -> dict[str, Any]:
+    """The rows of every case, and the copy bandwidth beside them.
+
+    seconds: of timing, a figure.
+    """
+    return run_cases(
+        device, cases, seconds, clock, lambda case, roof: _rows(case, device, roof, seconds)
+    )
+
+
+def run_cases(
+    device: torch.device,
+    cases: Iterable[Case],
+    seconds: float,
+    clock: Clock,
+    rows_of: Callable[[Case, float], list[Row]],
+) -> dict[str, Any]:
+    """rows_of(case, copy bandwidth) for every case that fits the time and the memory left."""
+    roof = copy_bandwidth(device, seconds)
+    print(f"copy bandwidth {roof:,.0f} GB/s")
+    rows: list[Row] = []
+    longest = _FIRST_CASE
+    # A graph is walked back more than once here.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for case in cases:
+            if not clock.has(longest, words(case.about)):
+                rows.append(case.about | {"not_measured": "out of time"})
+                continue
+            started = perf_counter()
+            # Every case compiled for itself, as a training run would.
+            torch.compiler.reset()
+            free = free_memory(device)
+            if free is not None and case.nbytes > free:
+                rows.append(without_speed(case.about, not_measured="out of memory"))
+                continue
+            torch.manual_seed(0)
+            rows += rows_of(case, roof)
+            longest = max(longest, perf_counter() - started)
+    return {"copy_gb_per_s": roof, "rows": rows}
+
+
+def made(case: Case) -> tuple[Any, Row]:
+    """The case's work, or None and the row that says why there is none."""
+    works: list[Any] = []
+
+    def make() -> Row:
+        works.append(case.make())
+        return {}
+
+    row = measured(case.about, make)
+    return (works[0] if works else None), row
+
+
+def _rows(case: Case, device: torch.device, roof: float, seconds: float) -> list[Row]:
+    work, row = made(case)
+    if work is None:
+        return [row]
+    rows: list[Row] = []
+    for name, op in work.providers.items():
+        rows += _provider_rows({"provider": name} | case.about, work, op, device, roof, seconds)
+    return rows
+
+
+def _provider_rows(
+    about: Row, work: Work, op: Op, device: torch.device, roof: float, seconds: float
+) -> list[Row]:
+    passes: dict[str, Callable[[], Any]] = {}
+
+    def check() -> Row:
+        torch.manual_seed(1)  # one provider's draws are the next one's
+        if not work.check(op):
+            raise WrongResult
+        passes.update(work.passes(op))
+        return {}
+
+    row = measured(about, check)
+    if not passes:
+        return [row]
+    rows: list[Row] = []
+    for name, fn in passes.items():
+        for timer, time in _timers(device, name, work.host).items():
+            timed = partial(_timed, fn, time, seconds, work.moved.get(name), roof)
+            row = measured(about | {"pass": name, "timer": timer}, timed)
+            rows.append(row)
+            if "median_ms" in row:
+                print(row_text(row), flush=True)
+    return rows
+
+
+def _timed(
+    fn: Callable[[], Any], time: Timer, seconds: float, moved: int | None, roof: float
+) -> Row:
+    return speed(time(fn, seconds), moved, roof)
+
+
+def _timers(device: torch.device, name: str, host: bool) -> dict[str, Timer]:
+    """Timers by what they are called in a row."""
+    if device.type != "cuda" or host:
+        return {"wall clock": time_wall}
+    events: dict[str, Timer] = {
+        "events, cold L2": lambda fn, seconds: time_op(fn, device, seconds),
+    }
+    # Walking a graph back works on autograd's own threads, which a capture does not see.
+    return events if name == "backward" else events | {"CUDA graph, warm L2": time_graph}
+
+
+_FIGURES = frozenset(
+    "median_ms low_ms high_ms mean_ms n gb_per_s share_of_copy gflop speedup time_ratio flops_ratio"
+    .split()
+)  # fmt: skip
+
+
+def words(about: Row) -> str:
+    """What a row is about, without its figures."""
+    return " ".join(
+        str(value) if key in ("dtype", "layout", "pass") else f"{key}={value}"
+        for key, value in about.items()
+        if key not in (*_FIGURES, "provider", "timer")
+    )
+
+
+def row_text(row: Row) -> str:
+    text = (
+        f"{row['provider']:10} {words(row)}  {row['median_ms']:.4f} ms "
+        f"[{row['low_ms']:.4f}, {row['high_ms']:.4f}] n={row['n']}"
+    )
+    if "gb_per_s" in row:
+        text += f" {row['gb_per_s']:.1f} GB/s {row['share_of_copy']:.0%}"
+    if "gflop" in row:
+        text += f" {row['gflop']:.3f} GFLOP"
+    for name in ("speedup", "time_ratio", "flops_ratio"):
+        if name in row:
+            text += f" {name} {row[name]:.2f}"
+    return f"{text} ({row['timer']})"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a case may take, once what the last one left is given back; None if unknown."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split()[:2] for line in file)
+        # Linux kills who takes too much memory, instead of refusing it: a case leaves half.
+        return 1024 * int(sizes["MemAvailable:"]) // 2
+    except (OSError, KeyError, ValueError):  # not Linux
+        return None
+
+
+def run_program(
+    doc: str | None,
+    benchmark: str,
+    bench: Callable[[torch.device, bool, float, str, Clock], dict[str, Any]],
+    seconds: float = 0.05,
+) -> int:
+    """The command line of an op's benchmark; the exit status."""
+    options = parser(doc, seconds)
+    options.add_argument(
+        "--sweep", choices=SWEEPS, default="stages",
+        help="shapes of the ResNet's stages, or every axis around one base shape",
+    )  # fmt: skip
+    args = options.parse_args()
+    found = bench(args.device, args.small, args.seconds, args.sweep, Clock(args.minutes))
+    return finish(benchmark, args, {"sweep": args.sweep} | found)
