@@ -172,7 +172,6 @@ def test_a_file_of_another_form(
         (["--device", "cpu", "--depth", "21"], "--depth 21: expected 6n + 2"),
         (["--device", "cpu", "--seconds", "nan"], "--seconds nan: expected more than 0"),
         (["--inter-node-latency", "5"], "expected both, in us and GB/s"),
-        (["--device", "cuda", "--processes", "4096"], "GPU"),
     ],
 )
 def test_flags_that_cannot_be(

@@ -89,8 +89,10 @@ def test_a_cold_start_that_fails_says_why() -> None:
     assert "6n + 2" in row["failed"]
 
 
-def test_interleaved_ratio() -> None:
-    result = bench_step.ratio(CPU, 3, SIZES[0])["rows"][0]
+def test_interleaved_ratio(tmp_path: Path) -> None:
+    done = run("--ratio", "3", "--json", str(tmp_path / "ratio.json"))
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "ratio.json").read_text())["rows"]
     assert 0 < result["lowest"] <= result["median"] <= result["highest"] and result["n"] == 3
 
 

@@ -134,12 +134,13 @@ def test_killed_in_the_middle_it_has_what_was_finished(tmp_path: Path) -> None:
 
 
 def test_every_part_is_a_program_that_takes_the_suites_flags() -> None:
+    shared = (ROOT / "benchmarks" / "_comparison.py").read_text()
+    shared += (ROOT / "benchmarks" / "_program.py").read_text()
     for name, part in parts(Path("images")).items():
-        program = ROOT / "benchmarks" / part.program
-        text = program.read_text()
-        assert "_program import" in text, name
-        for flag in [*part.usual, *part.full]:
-            assert not flag.startswith("--") or f'"{flag}"' in text, (name, flag)
+        text = (ROOT / "benchmarks" / part.program).read_text()
+        assert "parser(__doc__" in text or "run_program(__doc__" in text, name
+        for flag in ["--json", "--small", "--minutes", *part.usual, *part.full]:
+            assert not flag.startswith("--") or f'"{flag}"' in text + shared, (name, flag)
 
 
 def test_an_unknown_part_is_named() -> None:

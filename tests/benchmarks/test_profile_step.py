@@ -134,8 +134,9 @@ def test_without_nvtx_or_a_gpu(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(monkeypatch, "--small", "--device", "cuda") == 1
-    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--small", "--device", "cuda")
+    assert "--device: cuda: no GPU here" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nvtx", None)
     assert run(monkeypatch, "--small") == 1
     assert 'pip install "fastres[profile]"' in capsys.readouterr().err
