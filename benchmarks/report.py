@@ -27,6 +27,10 @@ _END = "<!-- end of figures -->"
 _SEEN = ("step-", "roofline-", "growth-")
 
 
+def _spread(row: Row) -> str:
+    return f"{row['median_ms']:.4g} ms, {row['low_ms']:.4g} to {row['high_ms']:.4g}, n = {row['n']}"
+
+
 def _step(batch_size: int) -> Callable[[list[Row]], str | None]:
     """Images/s of the best fused provider, beside the best peer and the report's own."""
 
@@ -42,11 +46,14 @@ def _step(batch_size: int) -> Callable[[list[Row]], str | None]:
             return None
         best, peer = (max(some, key=lambda r: r["images_per_second"]) for some in (ours, peers))
         plain = pick(peers, provider="eager fp32 NCHW")
-        words = f"{best['images_per_second']:,.0f} images/s ({best['provider']}), "
-        words += f"{peer['median_ms'] / best['median_ms']:.2f} × the best peer ({peer['provider']})"
-        if plain:
+        words = f"{best['images_per_second']:,.0f} images/s ({best['provider']}; {_spread(best)}), "
+        words += (
+            f"{peer['median_ms'] / best['median_ms']:.2f} × the best peer ({peer['provider']}; "
+        )
+        words += f"{_spread(peer)})"
+        if plain and plain is not peer:
             words += f", {plain['median_ms'] / best['median_ms']:.2f} × eager fp32 NCHW"
-        return f"{words}; n = {best['n']}"
+        return words
 
     return figure
 
@@ -60,14 +67,15 @@ def _ratio(rows: list[Row]) -> str | None:
 
 def _cold(rows: list[Row]) -> str | None:
     found = [row for row in rows if "seconds" in row]
-    return ", ".join(f"{row['provider']} {row['seconds']:.1f} s" for row in found) or None
+    each = ", ".join(f"{row['provider']} {row['seconds']:.1f} s" for row in found)
+    return f"{each} (n = 1)" if each else None
 
 
 def _dropped(rows: list[Row]) -> str | None:
     by_mode = {row["mode"]: row for row in rows if "time_ratio" in row}
     return "; ".join(
         f"{mode}: {by_mode[mode]['time_ratio']:.2f} of the time, "
-        f"{by_mode[mode]['flops_ratio']:.2f} of the FLOPs"
+        f"{by_mode[mode]['flops_ratio']:.2f} of the FLOPs ({_spread(by_mode[mode])})"
         for mode in ("batch", "subset", "row") if mode in by_mode
     ) or None  # fmt: skip
 
@@ -78,7 +86,7 @@ def _meprop(**size: int) -> Callable[[list[Row]], str | None]:
         for ratio in (1 / 4, 1 / 16):
             row = pick(rows, mode="unified", ratio=ratio, dtype="fp32", **size)
             if row:
-                found.append(f"{row['speedup']:.1f} × at ratio 1/{1 / ratio:.0f} (n = {row['n']})")
+                found.append(f"{row['speedup']:.1f} × at ratio 1/{1 / ratio:.0f} ({_spread(row)})")
         return ", ".join(found) or None
 
     return figure
@@ -107,7 +115,7 @@ def _bandwidth(rows: list[Row]) -> str | None:
             ratio = min((r["median_ms"] for r in peers), default=math.nan) / best["median_ms"]
             words.append(
                 f"{direction} {best['gb_per_s']:,.0f} GB/s, {best['share_of_copy']:.0%} of a "
-                f"copy's, {ratio:.2f} × the best peer (n = {best['n']})"
+                f"copy's, {ratio:.2f} × the best peer ({_spread(best)})"
             )
     return "; ".join(words) or None
 
@@ -134,7 +142,7 @@ def _scaling(rows: list[Row]) -> str | None:
     """Of measured rows alone: a model's prediction is no figure."""
     steps = [row for row in rows if row.get("kind") == "step" and "efficiency" in row]
     return "; ".join(
-        f"{row['processes']} processes, {row['scaling']}: {row['efficiency']:.0%}"
+        f"{row['processes']} processes, {row['scaling']}: {row['efficiency']:.0%} ({_spread(row)})"
         for row in steps if row["processes"] > 1
     ) or None  # fmt: skip
 
