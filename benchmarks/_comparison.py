@@ -8,6 +8,7 @@ provider.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from _program import finish, parser
 from _results import Row, WrongResult, measured, without_speed
-from _timing import Clock, Timing, copy_bandwidth, speed, time_graph, time_op, time_wall
+from _sheet import Sheet
+from _timing import Timing, copy_bandwidth, speed, time_graph, time_op, time_wall
 
 Op = Callable[..., Any]
 Timer = Callable[[Callable[[], Any], float], Timing]
@@ -43,6 +45,7 @@ class Work:
     passes: what of a provider is timed, by name.
     moved: the fewest bytes of a pass; one that is not here gets no GB/s.
     host: host work counts, so that the wall clock times a GPU too.
+    graph: it is timed in a CUDA graph too, of hundreds of calls.
     """
 
     providers: dict[str, Op]
@@ -50,6 +53,7 @@ class Work:
     passes: Callable[[Op], dict[str, Callable[[], Any]]]
     moved: dict[str, int] = field(default_factory=dict)
     host: bool = False
+    graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ def dtypes(device: torch.device) -> dict[str, torch.dtype]:
 
 
 def compare(
-    device: torch.device, cases: Iterable[Case], seconds: float, clock: Clock
+    device: torch.device, cases: Iterable[Case], seconds: float, sheet: Sheet
 ) -> dict[str, Any]:
     """The rows of every case, and the copy bandwidth beside them.
 
     seconds: of timing, a figure.
     """
     return run_cases(
-        device, cases, seconds, clock, lambda case, roof: _rows(case, device, roof, seconds)
+        device, cases, seconds, sheet, lambda case, roof: _rows(case, device, roof, seconds)
     )
 
 
@@ -94,31 +98,41 @@ def run_cases(
     device: torch.device,
     cases: Iterable[Case],
     seconds: float,
-    clock: Clock,
+    sheet: Sheet,
     rows_of: Callable[[Case, float], list[Row]],
 ) -> dict[str, Any]:
     """rows_of(case, copy bandwidth) for every case that fits the time and the memory left."""
     roof = copy_bandwidth(device, seconds)
     print(f"copy bandwidth {roof:,.0f} GB/s")
-    rows: list[Row] = []
     longest = _FIRST_CASE
-    # A graph is walked back more than once here.
-    with torch._functorch.config.patch(donated_buffer=False):
+    # A graph is walked back more than once here, and fp32 is fp32.
+    with torch._functorch.config.patch(donated_buffer=False), _exact_fp32():
         for case in cases:
-            if not clock.has(longest, words(case.about)):
-                rows.append(case.about | {"not_measured": "out of time"})
+            if sheet.known(case.about) or not sheet.has(longest, case.about, words(case.about)):
                 continue
             started = perf_counter()
             # Every case compiled for itself, as a training run would.
             torch.compiler.reset()
             free = free_memory(device)
             if free is not None and case.nbytes > free:
-                rows.append(without_speed(case.about, not_measured="out of memory"))
+                sheet.add([without_speed(case.about, not_measured="out of memory")])
                 continue
             torch.manual_seed(0)
-            rows += rows_of(case, roof)
+            sheet.add(rows_of(case, roof))
             longest = max(longest, perf_counter() - started)
-    return {"copy_gb_per_s": roof, "rows": rows}
+    return {"copy_gb_per_s": roof, "rows": sheet.rows}
+
+
+@contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """No TF32, and cuDNN's best algorithm, as in the training program."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def made(case: Case) -> tuple[Any, Row]:
@@ -160,7 +174,7 @@ def _provider_rows(
         return [row]
     rows: list[Row] = []
     for name, fn in passes.items():
-        for timer, time in _timers(device, name, work.host).items():
+        for timer, time in _timers(device, name, work).items():
             timed = partial(_timed, fn, time, seconds, work.moved.get(name), roof)
             row = measured(about | {"pass": name, "timer": timer}, timed)
             rows.append(row)
@@ -175,15 +189,16 @@ def _timed(
     return speed(time(fn, seconds), moved, roof)
 
 
-def _timers(device: torch.device, name: str, host: bool) -> dict[str, Timer]:
+def _timers(device: torch.device, name: str, work: Work) -> dict[str, Timer]:
     """Timers by what they are called in a row."""
-    if device.type != "cuda" or host:
+    if device.type != "cuda" or work.host:
         return {"wall clock": time_wall}
     events: dict[str, Timer] = {
         "events, cold L2": lambda fn, seconds: time_op(fn, device, seconds),
     }
-    # Walking a graph back works on autograd's own threads, which a capture does not see.
-    return events if name == "backward" else events | {"CUDA graph, warm L2": time_graph}
+    # The forward that a backward walks back ran on another stream than the captured one.
+    graph = work.graph and name != "backward"
+    return events | ({"CUDA graph, warm L2": time_graph} if graph else {})
 
 
 _FIGURES = frozenset(
@@ -234,7 +249,7 @@ def free_memory(device: torch.device) -> int | None:
 def run_program(
     doc: str | None,
     benchmark: str,
-    bench: Callable[[torch.device, bool, float, str, Clock], dict[str, Any]],
+    bench: Callable[[torch.device, bool, float, str, Sheet], dict[str, Any]],
     seconds: float = 0.05,
 ) -> int:
     """The command line of an op's benchmark; the exit status."""
@@ -244,5 +259,6 @@ def run_program(
         help="shapes of the ResNet's stages, or every axis around one base shape",
     )  # fmt: skip
     args = options.parse_args()
-    found = bench(args.device, args.small, args.seconds, args.sweep, Clock(args.minutes))
+    sheet = Sheet.open(benchmark, args)
+    found = bench(args.device, args.small, args.seconds, args.sweep, sheet)
     return finish(benchmark, args, {"sweep": args.sweep} | found)

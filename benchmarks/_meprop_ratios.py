@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from _comparison import Case, compiled, made, row_text, run_cases
 from _results import Row, WrongResult, measured
-from _timing import Clock, Timing, percentiles, speed, time_op
+from _sheet import Sheet
+from _timing import Timing, percentiles, speed, time_op
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +49,7 @@ class Layer:
 
 
 def time_ratios(
-    device: torch.device, cases: Iterable[Case], small: bool, seconds: float, clock: Clock
+    device: torch.device, cases: Iterable[Case], small: bool, seconds: float, sheet: Sheet
 ) -> dict[str, Any]:
     """Rows of the dense backward by every peer, and of meProp's by mode and ratio.
 
@@ -56,7 +57,7 @@ def time_ratios(
     """
     ratios = (1.0, 1 / 4) if small else RATIOS
     return run_cases(
-        device, cases, seconds, clock,
+        device, cases, seconds, sheet,
         lambda case, roof: _rows(case, ratios, device, seconds, roof),
     )  # fmt: skip
 
@@ -99,9 +100,9 @@ def _rows(
     if len(timings) != len(abouts):
         return [*rows, row]
     gflop: dict[tuple[str, float], float] = {}
-    dense_ms = next(
-        (t.median_ms for a, t in zip(abouts, timings, strict=True) if a["provider"] == "eager"),
-        None,
+    dense_ms = min(
+        (t.median_ms for a, t in zip(abouts, timings, strict=True) if a["mode"] == "dense"),
+        default=None,
     )
     for about, backward, timing in zip(abouts, backwards, timings, strict=True):
         mode, ratio = about["mode"], about["ratio"]

@@ -25,6 +25,9 @@ def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentPa
         "--minutes", type=float, default=float("inf"), help="begin no measurement after these"
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    made.add_argument(
+        "--go-on", action="store_true", help="keep what --json FILE has, and measure the rest"
+    )
     return made
 
 
@@ -37,13 +40,19 @@ def _device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{name}: no GPU here; --device cpu measures on the CPU")
+    if device.index is not None:
+        raise argparse.ArgumentTypeError(
+            f"expected cpu or cuda, got {name}: CUDA_VISIBLE_DEVICES={device.index} chooses a GPU"
+        )
     return device
 
 
 def finish(benchmark: str, args: argparse.Namespace, content: dict[str, Any]) -> int:
     """Save what was found where --json names a file; the exit status, 1 where a row failed."""
     if args.json:
-        save(args.json, results(benchmark, small=args.small, **content))
+        # Programs that take no device compute on the CPU.
+        device = args.device.type if hasattr(args, "device") else "cpu"
+        save(args.json, results(benchmark, device, small=args.small, finished=True, **content))
     failed = failures(content.get("rows", ()))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)

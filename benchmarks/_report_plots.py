@@ -1,10 +1,11 @@
 """The plots of the report: bars against peers, the roofline, how time grows."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from _report_tables import WARM, File
+from _report_tables import File, largest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,12 +18,16 @@ def draw_all(files: list[File], folder: Path) -> list[Path]:
         for name, draw in _PLOTS.get(file.benchmark, {}).items():
             figure = Figure(figsize=(9, 4.5), layout="constrained")
             axes = figure.subplots()
-            if draw(axes, file):
-                axes.set_title(f"{axes.get_title()}\n{file.about}", fontsize=9)
-                drawn.append(folder / f"{name}-{_slug(file.hardware)}.svg")
-                # Nothing of when or by whom: a plot of the same figures is the same file.
-                with matplotlib.rc_context({"svg.hashsalt": "fastres"}):
-                    figure.savefig(drawn[-1], metadata={"Date": None})
+            path = folder / f"{name}-{_slug(file.hardware)}.svg"
+            try:
+                if draw(axes, file):
+                    axes.set_title(f"{axes.get_title()}\n{file.about}", fontsize=9)
+                    # Nothing of when or by whom: a plot of the same figures is the same file.
+                    with matplotlib.rc_context({"svg.hashsalt": "fastres"}):
+                        figure.savefig(path, metadata={"Date": None})
+                    drawn.append(path)
+            except (LookupError, TypeError, ValueError) as error:
+                print(f"left out: {file.path.name}: {error!r}, no {name} plot", file=sys.stderr)
     return drawn
 
 
@@ -107,27 +112,27 @@ def growth(axes: Axes, file: File) -> bool:
 
 
 def op_bars(axes: Axes, file: File) -> bool:
-    """The best case of each pass, by provider, beneath the bandwidth of a copy."""
-    rows = [row for row in file.rows if "share_of_copy" in row and row["timer"] != WARM]
-    if not rows:
-        return False
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    passes = list(dict.fromkeys(r["pass"] for r in rows))
+    """The largest case of each pass, by provider, beneath the bandwidth of a copy."""
+    cases = largest(file.rows)
+    names = list(dict.fromkeys(row["provider"] for case in cases.values() for row in case))
     for i, name in enumerate(names):
-        best = [
-            max((r["gb_per_s"] for r in rows if r["provider"] == name and r["pass"] == p),
-                default=0.0)
-            for p in passes
-        ]  # fmt: skip
-        axes.bar([j + 0.8 * (i / len(names) - 0.5) for j in range(len(passes))], best,
-                 0.8 / len(names), label=name)  # fmt: skip
+        bars = [
+            (j + 0.8 * (i / len(names) - 0.5), row)
+            for j, case in enumerate(cases.values())
+            for row in case
+            if row["provider"] == name
+        ]
+        rates = [row["gb_per_s"] for _, row in bars]
+        low = [row["gb_per_s"] * (1 - row["median_ms"] / row["high_ms"]) for _, row in bars]
+        high = [row["gb_per_s"] * (row["median_ms"] / row["low_ms"] - 1) for _, row in bars]
+        axes.bar([x for x, _ in bars], rates, 0.8 / len(names), yerr=[low, high], label=name)
     if file.content.get("copy_gb_per_s"):
         axes.axhline(file.content["copy_gb_per_s"], color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(passes)), passes)
-    axes.set_ylabel("GB/s of the fewest bytes, best case")
-    axes.set_title(f"{file.benchmark}; the line is a copy's bandwidth")
+    axes.set_xticks(range(len(cases)), list(cases))
+    axes.set_ylabel("GB/s of the fewest bytes")
+    axes.set_title(f"{file.benchmark}, the largest case; the line is a copy's bandwidth")
     axes.legend(fontsize=7)
-    return True
+    return bool(cases)
 
 
 _Plot = Callable[[Axes, File], bool]

@@ -1,5 +1,6 @@
 """What the files of results say, as Markdown: the headlines, and a table of each file."""
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from _results import Row
 UNMEASURED = "not measured yet"
 # The timer whose rows flatter what fits the cache: no headline and no plot is made of them.
 WARM = "CUDA graph, warm L2"
+# What tells providers at one case apart.
+_FIGURES = {"provider", "median_ms", "low_ms", "high_ms", "n", "gb_per_s", "share_of_copy"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ def pick(rows: Iterable[Row], **wanted: Any) -> Row | None:
     )
 
 
+def largest(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Of each pass the rows, one a provider, of the case that moves the most bytes."""
+    cold = [row for row in rows if "share_of_copy" in row and row["timer"] != WARM]
+    found = {}
+    for direction in dict.fromkeys(row["pass"] for row in cold):
+        mine = [row for row in cold if row["pass"] == direction]
+        most = max(mine, key=lambda row: row["gb_per_s"] * row["median_ms"])
+        case = {key: most[key] for key in most.keys() - _FIGURES}
+        found[direction] = [row for row in mine if case.items() <= row.items()]
+    return found
+
+
 @dataclass(frozen=True)
 class Headline:
     """A figure of README: from which benchmark, and how it reads its rows.
@@ -91,7 +106,12 @@ def headlines(files: list[File], wanted: Iterable[Headline]) -> str:
     def cell(headline: Headline, on_gpu: bool) -> str:
         for file in files:
             if file.benchmark == headline.benchmark and file.on_gpu == on_gpu:
-                figure = headline.figure(file.rows)
+                try:
+                    figure = headline.figure(file.rows)
+                except (LookupError, TypeError, ValueError) as error:
+                    # One file that is not what it should be costs its own figures alone.
+                    print(f"left out: {file.path.name}: {error!r} in its rows", file=sys.stderr)
+                    continue
                 if figure is not None:
                     mark = notes.setdefault(f"{file.about}", f"[{len(notes) + 1}]")
                     return f"{figure} {mark}"

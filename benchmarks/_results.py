@@ -31,12 +31,16 @@ class WrongResult(Exception):
     """A provider's result is not the reference's: it gets no speed."""
 
 
-def results(benchmark: str, **content: Any) -> dict[str, Any]:
-    """The head of a file of results, and its content."""
+def results(benchmark: str, device: str = "cpu", **content: Any) -> dict[str, Any]:
+    """The head of a file of results, and its content.
+
+    device: "cpu" or "cuda"; a GPU beside a CPU that works is not in the head.
+    """
     # Where folders lie on the machine that measured is nobody else's business.
     flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in sys.argv[1:]]
     command = shlex.join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *flags])
-    return {"format": FORMAT, "benchmark": benchmark, "command": command} | environment() | content
+    head = {"format": FORMAT, "benchmark": benchmark, "command": command, "device": device}
+    return head | environment() | ({"gpu": None} if device == "cpu" else {}) | content
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -86,16 +90,20 @@ def measured(about: Row, measure: Callable[[], Row]) -> Row:
     """
     try:
         return about | measure()
-    except (MemoryError, torch.OutOfMemoryError):
-        return without_speed(about, not_measured="out of memory")
     except WrongResult:
         return without_speed(about, failed="wrong result")
     except Exception as error:
-        # PyTorch's CPU allocator has no exception of its own.
-        if "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             return without_speed(about, not_measured="out of memory")
         words = str(error).strip().splitlines() or [""]
         return without_speed(about, failed=f"{type(error).__name__}: {words[0]}"[:300])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a limit of the machine was met: libraries say so in words of their own."""
+    said = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in said for w in words)
 
 
 def without_speed(about: Row, **why: str) -> Row:

@@ -1,7 +1,8 @@
 """The training step that the benchmarks time, fused and as its peers take it, and what it needs.
 
-Every provider takes the same data path and optimizer; they differ in the network and in how
-PyTorch runs it. On a GPU the mixed-precision ones use fp16 with loss scaling.
+Every provider takes the same data path; they differ in the network and in how PyTorch runs it, and
+the peers step by torch's fused SGD and GradScaler, without LossScaler's care for the running
+statistics of a skipped step. On a GPU the mixed-precision ones use fp16 with loss scaling.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from _results import Row
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
@@ -21,6 +22,7 @@ from config import Config  # noqa: E402  # found by the line above
 from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
 from workers import Workers  # noqa: E402  # as above
 
+from fastres.amp import LossScaler  # noqa: E402  # as above
 from fastres.data import Splits  # noqa: E402  # as above
 
 
@@ -32,8 +34,8 @@ def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | Non
     every: dict[str, tuple[dict[str, Any], str | None]] = {
         "eager fp32 NCHW": ({"channels_last": False}, None),
         f"eager {half} channels_last": (amp, None),
-        f"compile {half} channels_last": (amp, "default"),
         f"fused {half} channels_last": (fused, None),
+        f"compile {half} channels_last": (amp, "default"),
         f"fused compile {half} channels_last": (fused, "default"),
     }
     if device.type == "cuda":
@@ -41,6 +43,26 @@ def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | Non
             every[f"compile {mode} {half} channels_last"] = (amp, mode)
         every[f"fused compile reduce-overhead {half} channels_last"] = (fused, "reduce-overhead")
     return every
+
+
+# Of the gradients of a new network none overflows with it, so that the first step is taken.
+_INIT_SCALE = 1024.0
+
+
+class _TorchScaler(torch.amp.GradScaler):
+    def watch(self, model: nn.Module) -> None:
+        """What LossScaler does in a skipped step is no part of GradScaler."""
+
+
+class _Fused(Trainer):
+    def make_scaler(self) -> LossScaler:
+        return LossScaler(init_scale=_INIT_SCALE, enabled=self.half == torch.float16)
+
+
+class _Peer(Trainer):
+    def make_scaler(self) -> Any:
+        enabled = self.half == torch.float16
+        return _TorchScaler(self.workers.device.type, init_scale=_INIT_SCALE, enabled=enabled)
 
 
 class Step:
@@ -65,11 +87,20 @@ def make_step(
     """settings and model: what differs from Config's defaults; mode: torch.compile's, or None."""
     config = Config(dataset="synthetic", **settings, **model)
     set_precision_and_determinism(config)
-    trainer = Trainer(config, Workers(0, 1, 0, device), data)
+    trainer = (_Fused if config.fused else _Peer)(config, Workers(0, 1, 0, device), data)
     if mode is not None:
         trainer.model.compile(mode=mode, dynamic=False)
     trainer.network.train()
     return Step(trainer, mode)
+
+
+def first_update(step: Step) -> Tensor:
+    """What the first step adds to the parameters, flat, in fp32."""
+    before = [p.detach().clone() for p in step.trainer.model.parameters()]
+    step()
+    after = step.trainer.model.parameters()
+    pairs = zip(after, before, strict=True)
+    return torch.cat([(a.detach().float() - b.float()).flatten() for a, b in pairs])
 
 
 def needs(step: Step) -> Row:
@@ -77,6 +108,7 @@ def needs(step: Step) -> Row:
 
     saved_bytes: storages kept for the backward that are neither parameters nor the data set.
     peak_memory_bytes: of PyTorch's allocator, the model, its optimizer and the data in it.
+    reserved_bytes: what the allocator holds: the pools of CUDA graphs show in this one alone.
     host_ms: until the step has been handed to the GPU, which is then still at it.
     kernels: what the GPU ran, copies among it; launches: calls by which the host started them.
     """
@@ -85,6 +117,7 @@ def needs(step: Step) -> Row:
         torch.cuda.reset_peak_memory_stats()
         step()
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         found["host_ms"] = _host_ms(step)
         found |= _launches(step)
     return found
@@ -128,8 +161,16 @@ def _launches(step: Step) -> Row:
         step()
         torch.cuda.synchronize()
     events = profiler.events() or []
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    # As the CUDA runtime and driver name the calls: cudaLaunchKernelExC, cuLaunchKernelEx, ...
+    # An annotation of the host's shows on the device too, and is no kernel.
+    kernels = sum(
+        e.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(e, "is_user_annotation", False)
+        for e in events
+    )
+    # As the runtimes and drivers name the calls: cudaLaunchKernelExC, cuLaunchKernelEx, hip...
     started = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
-    on_host = [e for e in events if e.name.startswith("cu") and any(s in e.name for s in started)]
-    return {"kernels": len(on_device), "launches": len(on_host)}
+    launches = sum(
+        e.name.startswith(("cu", "hip")) and any(s in e.name for s in started) for e in events
+    )
+    # A profiler that may not listen to the device sees nothing: that is no figure.
+    return {"kernels": kernels, "launches": launches} if kernels else {}

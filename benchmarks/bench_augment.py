@@ -24,7 +24,7 @@ from _comparison import (
     run_program,
     sweep_axes,
 )
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 
 # The CPU's path is a few PyTorch ops on any device: the strongest eager peer there is.
@@ -33,6 +33,7 @@ from fastres.ops.augment import augment
 
 _BASE = {"N": 1024, "H": 32}
 _AXES = {"N": (32, 64, 128, 256, 512, 1024, 2048, 4096), "H": (8, 14, 28, 32, 56)}
+_PADDING = 4
 _IMAGES = 50_000
 
 
@@ -47,7 +48,7 @@ def _make(
 
     def draw(op: Op, dtype: torch.dtype) -> Callable[[], Tensor]:
         """The op with all that _native takes: seed, epoch, padding, flip, dtype, layout."""
-        return partial(op, *args, 0, 0, 4, True, dtype, layout == "NHWC")
+        return partial(op, *args, 0, 0, _PADDING, True, dtype, layout == "NHWC")
 
     def fused(*args: Any) -> Tensor:
         return augment(*args[:4], dtype=dtype, memory_format=LAYOUTS[layout])
@@ -61,7 +62,9 @@ def _make(
         )
 
     providers: dict[str, Op] = {"fastres": fused, "eager": eager, **compiled(eager)}
-    moved = N * 3 * H * H * (1 + dtype.itemsize)
+    # Of a crop that lies s pixels off, on either side, H - s are pixels of the image.
+    inside = sum(H - abs(s) for s in range(-_PADDING, _PADDING + 1)) / (2 * _PADDING + 1)
+    moved = round(N * 3 * (inside**2 + H * H * dtype.itemsize))
     return Work(providers, check, lambda op: {"forward": draw(op, dtype)}, {"forward": moved})
 
 
@@ -86,10 +89,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every batch size and dtype by every provider; a wrong result gets no speed."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _comparison import LAYOUTS, Case, Op, Work, compare, compiled, dtypes, run_program, sweep_axes
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 
 from fastres.ops.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
@@ -199,10 +199,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every configuration by every provider; one row each, with the copy bandwidth beside them."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _comparison import Case, Op, Work, compare, compiled, run_program
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 
 from fastres.ops import cast
@@ -53,10 +53,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every size and dtype by every provider; a wrong result gets no speed."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

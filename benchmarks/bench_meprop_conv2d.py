@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from _comparison import LAYOUTS, Case, dtypes, run_program, sweep_axes
 from _meprop_ratios import PASSES, Layer, gradient, time_ratios
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 
 from fastres.ops import meprop_conv2d
@@ -80,10 +80,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every size, dtype, layout and mode at every ratio; a wrong gradient gets no speed."""
-    return time_ratios(device, _cases(device, small, sweep), small, seconds, clock)
+    return time_ratios(device, _cases(device, small, sweep), small, seconds, sheet)
 
 
 def main() -> int:

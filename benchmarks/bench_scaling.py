@@ -218,8 +218,8 @@ def main() -> int:
     return finish(
         "scaling", args,
         bench(
-            args.device, args.small, args.seconds, Clock(), args.processes, args.batch_size,
-            args.backend, args.timeout, network, **model,
+            args.device, args.small, args.seconds, Clock(args.minutes), args.processes,
+            args.batch_size, args.backend, args.timeout, network, **model,
         ),
     )  # fmt: skip
 

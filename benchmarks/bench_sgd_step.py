@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from _comparison import COMPILED, Case, Op, Work, compare, run_program
 from _gradients import gradients, shapes
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor, nn
 
 from fastres.amp import LossScaler
@@ -111,10 +111,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every depth by every provider; a wrong result gets no speed."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

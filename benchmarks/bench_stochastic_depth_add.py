@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from _comparison import LAYOUTS, Case, Op, Work, compare, compiled, dtypes, run_program, sweep_axes
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 from torchvision.ops import stochastic_depth
 
@@ -165,10 +165,10 @@ def _settings(small: bool, sweep: str) -> Iterator[tuple[str, dict[str, int], fl
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every configuration by every provider; one row each, with the copy bandwidth beside them."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from _comparison import Case, made, row_text, run_cases, run_program
 from _results import Row, WrongResult, measured
-from _timing import Clock, percentiles
+from _sheet import Sheet
+from _timing import percentiles
 from _training_step import make_step
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,7 +101,7 @@ def _rows(case: Case, seconds: float) -> list[Row]:
             for key, step in steps.items():
                 # Counted at steps of its own: counting takes time.
                 with FlopCounterMode(display=False) as counter:
-                    step()
+                    float(step())  # over before the clock starts
                 gflop[key].append(counter.get_total_flops() / 1e9)
                 start = perf_counter()
                 float(step())
@@ -124,11 +125,11 @@ def _rows(case: Case, seconds: float) -> list[Row]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Time and FLOPs of a step by mode, with the same drop probability for every unit."""
     cases = _cases(device, small, sweep)
-    return run_cases(device, cases, seconds, clock, lambda case, _: _rows(case, seconds))
+    return run_cases(device, cases, seconds, sheet, lambda case, _: _rows(case, seconds))
 
 
 def main() -> int:

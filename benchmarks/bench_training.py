@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from _program import finish, parser
 from _results import Row, measured
-from _timing import Clock
+from _sheet import Sheet
 
 _ROOT = Path(__file__).parent.parent
+# Seconds of one training.
+_LONGEST = 10.0**6
 TRAININGS = {
     "plain": ["--no-fused"],
     "fused": ["--fused"],
@@ -41,7 +43,7 @@ TRAININGS = {
 def bench(
     device: torch.device,
     small: bool,
-    clock: Clock,
+    sheet: Sheet,
     folder: Path | None = None,
     flags: list[str] | None = None,
     only: list[str] | None = None,
@@ -52,7 +54,6 @@ def bench(
         flags += ["--precision", "fp16"] if device.type == "cuda" else []
     if small:
         flags = ["--epochs", "1", "--depth", "8", "--width", "4", "--batch-size", "16"]
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         if folder is None:
@@ -62,14 +63,14 @@ def bench(
         for name in only or TRAININGS:
             method = TRAININGS[name]
             about = {"provider": name, "flags": shlex.join([*method, *flags])}
-            if not clock.has(20, f"training {name}"):
-                rows.append(about | {"not_measured": "out of time"})
+            if sheet.known(about) or not sheet.has(20, about, f"training {name}"):
                 continue
             command = [*data, *flags, *method, "--out", str(scratch / name)]
-            rows.append(measured(about, partial(_run, command, clock.left(600))))
-            if "test_accuracy" in rows[-1]:
-                print(_text(rows[-1]), flush=True)
-    return {"rows": rows}
+            limit = sheet.clock.left(_LONGEST)
+            sheet.add([measured(about, partial(_run, command, limit))])
+            if "test_accuracy" in sheet.rows[-1]:
+                print(_text(sheet.rows[-1]), flush=True)
+    return {"rows": sheet.rows}
 
 
 def _run(flags: list[str], limit: float) -> Row:
@@ -135,8 +136,8 @@ def main() -> int:
     if args.folder is not None and not args.folder.is_dir():
         p.error(f"--folder {args.folder}: no such folder")
     folder = args.folder.resolve() if args.folder else None
-    clock = Clock(args.minutes)
-    found = bench(args.device, args.small, clock, folder, args.flags, args.run)
+    sheet = Sheet.open("training", args)
+    found = bench(args.device, args.small, sheet, folder, args.flags, args.run)
     return finish("training", args, found)
 
 

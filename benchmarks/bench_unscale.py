@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from _comparison import DTYPES, Case, Op, Work, compare, compiled, run_program
 from _gradients import gradients, shapes
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor
 
 from fastres.ops import unscale
@@ -65,7 +65,8 @@ def _make(depth: int, dtype: torch.dtype, write: bool, norm: bool, device: torch
 
     moved = sum(grad.nbytes for grad in grads) * (2 if write else 1)
     providers: dict[str, Op] = {"fastres": fastres, "eager": peer, **compiled(peer)}
-    return Work(providers, check, passes, {"forward": moved})
+    # A graph keeps the addresses of every call that it holds, and has room for those of a step's.
+    return Work(providers, check, passes, {"forward": moved}, graph=False)
 
 
 def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
@@ -82,10 +83,10 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Every depth, dtype and mode by every provider; a wrong result gets no speed."""
-    return compare(device, _cases(device, small, sweep), seconds, clock)
+    return compare(device, _cases(device, small, sweep), seconds, sheet)
 
 
 def main() -> int:

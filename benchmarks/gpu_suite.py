@@ -1,14 +1,14 @@
-"""Everything there is to know of one GPU, by one command in under 8 minutes.
+"""Everything there is to know of one GPU, by one command, in about 8 minutes a call.
 
 python benchmarks/gpu_suite.py --out DIR             tests, ops, the step, trainings, profile
-python benchmarks/gpu_suite.py --out DIR             again: goes on where the first one stopped
-python benchmarks/gpu_suite.py --out DIR --full      every sweep, without a limit of time
+python benchmarks/gpu_suite.py --out DIR             again: measures what the first one left out
+python benchmarks/gpu_suite.py --out DIR --full      every sweep too, without a limit of time
 python benchmarks/gpu_suite.py --small --out DIR     toy sizes, on a CPU too
 
-Each part is a program of its own, beside this one, and writes its own file of results to DIR: a
-part that fails, or leaves the GPU unusable, costs no other, and whatever stops the suite, what is
-finished lies there. A part whose file is there already, nothing in it left for want of time, is not
-run again; --part NAME runs it in any case. suite.json says what ran, for how long, how it ended.
+Each part is a program of its own, beside this one, and writes its own file of results to DIR, row
+by row: a part that fails, or leaves the GPU unusable, costs no other, and whatever stops the suite,
+what is measured lies there. The next call keeps it and goes on with what is missing or has failed;
+--part NAME chooses. suite.json says what ran, for how long, how it ended.
 """
 
 import argparse
@@ -41,7 +41,6 @@ _OPS = (
     "meprop_linear",
     "meprop_conv2d",
     "stochastic_depth_add",
-    "batch_norm_relu",
 )
 
 
@@ -56,23 +55,24 @@ class Part:
 
 
 def parts(folder: Path | None) -> dict[str, Part]:
-    """In the order of their worth, should the time run out; the long sweep comes last."""
+    """In the order of their worth, should the time run out."""
     data = ["--folder", str(folder)] if folder else []
     some = ["--run", "plain", "fused", "every op"]
     sweep = ["--sweep", "full"]
     every = {
-        "tests": Part("gpu_tests.py", 120),
-        "step": Part("bench_step.py", 90, [], ["--sweep"]),
-        "training": Part("bench_training.py", 60, [*data, *some], data),
-        "step_cold": Part("bench_step.py", 30, ["--cold"], ["--cold"]),
-        "profile_step": Part("profile_step.py", 20),
+        "tests": Part("gpu_tests.py", 100),
+        "step": Part("bench_step.py", 100, [], ["--sweep"]),
+        "batch_norm_relu": Part("bench_batch_norm_relu.py", 50, [], sweep),
+        "training": Part("bench_training.py", 45, [*data, *some], data),
+        "step_cold": Part("bench_step.py", 25, ["--cold", "--repeats", "1"], ["--cold"]),
+        "step_ratio": Part("bench_step.py", 10, ["--ratio", "15"], ["--ratio", "51"]),
+        "profile_step": Part("profile_step.py", 15),
         "stochastic_depth_unit": Part(
-            "bench_stochastic_depth_unit.py", 30, ["--seconds", "2"], sweep
+            "bench_stochastic_depth_unit.py", 20, ["--seconds", "1"], sweep
         ),
     }
-    every |= {op: Part(f"bench_{op}.py", 15, [], sweep) for op in _OPS[:-1]}
-    every["scaling"] = Part("bench_scaling.py", 20)
-    every["batch_norm_relu"] = Part("bench_batch_norm_relu.py", 60, [], sweep)
+    every |= {op: Part(f"bench_{op}.py", 12, [], sweep) for op in _OPS}
+    every["scaling"] = Part("bench_scaling.py", 15)
     return every
 
 
@@ -119,8 +119,12 @@ def is_finished(path: Path, small: bool) -> bool:
     except ResultsError as error:
         print(f"{error}: measured again", flush=True)
         return False
-    left = [row for row in content.get("rows", []) if row.get("not_measured") == "out of time"]
-    return content.get("small") == small and not left
+    open_rows = [
+        row
+        for row in content.get("rows", [])
+        if "failed" in row or row.get("not_measured") == "out of time"
+    ]
+    return content.get("small") == small and content.get("finished", False) and not open_rows
 
 
 def main() -> int:
@@ -132,7 +136,7 @@ def main() -> int:
     p.add_argument("--small", action="store_true", help="toy sizes, on a CPU too")
     p.add_argument("--full", action="store_true", help="every sweep")
     p.add_argument("--folder", type=Path, help="class folders with train/ and test/ to train on")
-    p.add_argument("--part", nargs="+", metavar="NAME", help="only these, and these in any case")
+    p.add_argument("--part", nargs="+", metavar="NAME", help="only these")
     p.add_argument("--minutes", type=float, help="begin nothing after these (7.5; --full: none)")
     args = p.parse_args()
     every = parts(args.folder and args.folder.resolve())
@@ -142,8 +146,9 @@ def main() -> int:
     if not args.small and not torch.cuda.is_available():
         print("error: no GPU here; --small shows the suite on a CPU", file=sys.stderr)
         return 1
-    # Asked to end, it ends the part that is running too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Asked to end, or left by its terminal, it ends the part that is running too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
     out = args.out or _HERE / "results" / _name(args.small)
     clock = Clock(args.minutes or (float("inf") if args.full else 7.5))
     return measure_all(every, args.part, out, args.small, args.full, clock)
@@ -158,8 +163,9 @@ def measure_all(
     for name, part in every.items():
         if only and name not in only:
             continue
-        path = out / f"{name}.json"
-        if not only and is_finished(path, small):
+        sweeps = full and part.full != part.usual
+        path = out / f"{name}{'-full' if sweeps else ''}.json"
+        if is_finished(path, small):
             print(f"--- {name}: in {path} already", flush=True)
             continue
         if not clock.has(10, name):
@@ -167,7 +173,7 @@ def measure_all(
             continue
         print(f"--- {name}", flush=True)
         limit = clock.left(float("inf") if full else part.seconds)
-        command = [sys.executable, "-u", str(_HERE / part.program), "--json", str(path)]
+        command = [sys.executable, "-u", str(_HERE / part.program), "--json", str(path), "--go-on"]
         command += [*part.usual, "--small"] if small else part.full if full else part.usual
         command += [] if limit == float("inf") else ["--minutes", f"{limit / 60:.3f}"]
         start = time.monotonic()
@@ -197,7 +203,11 @@ def _ran_before(out: Path) -> dict[str, Row]:
 
 def _save(out: Path, small: bool, full: bool, ran: dict[str, Row]) -> None:
     rows = list(ran.values())
-    save(out / "suite.json", results("gpu_suite", small=small, full=full, rows=rows))
+    save(out / "suite.json", results("gpu_suite", _device(), small=small, full=full, rows=rows))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _name(small: bool) -> str:

@@ -8,15 +8,14 @@ Of each benchmark the newest file of each hardware counts. Toy sizes (--small) n
 """
 
 import argparse
-import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from _report_plots import draw_all
-from _report_tables import UNMEASURED, WARM, File, Headline, headlines, newest, pick, table
+from _report_tables import UNMEASURED, File, Headline, headlines, largest, newest, pick, table
 from _results import ResultsError, Row, load
 
 _ROOT = Path(__file__).parent.parent
@@ -35,27 +34,37 @@ def _step(batch_size: int) -> Callable[[list[Row]], str | None]:
     """Images/s of the best fused provider, beside the best peer and the report's own."""
 
     def figure(rows: list[Row]) -> str | None:
-        timed = [
-            row for row in rows
-            if "images_per_second" in row
-            and (row["batch_size"], row["depth"], row["width"]) == (batch_size, 20, 16)
-        ]  # fmt: skip
+        size = (batch_size, 20, 16)
+        timed = [row for row in rows if "images_per_second" in row and _size(row) == size]
         ours = [row for row in timed if row["provider"].startswith("fused")]
         peers = [row for row in timed if not row["provider"].startswith("fused")]
         if not ours or not peers:
             return None
         best, peer = (max(some, key=lambda r: r["images_per_second"]) for some in (ours, peers))
-        plain = pick(peers, provider="eager fp32 NCHW")
-        words = f"{best['images_per_second']:,.0f} images/s ({best['provider']}; {_spread(best)}), "
-        words += (
+        words = (
+            f"{best['images_per_second']:,.0f} images/s ({best['provider']}; {_spread(best)}), "
             f"{peer['median_ms'] / best['median_ms']:.2f} × the best peer ({peer['provider']}; "
+            f"{_spread(peer)})"
         )
-        words += f"{_spread(peer)})"
+        plain = pick(peers, provider="eager fp32 NCHW")
         if plain and plain is not peer:
             words += f", {plain['median_ms'] / best['median_ms']:.2f} × eager fp32 NCHW"
-        return words
+        return words + _absent(r for r in rows if _size(r) == size and r not in timed)
 
     return figure
+
+
+def _size(row: Row) -> tuple[int | None, ...]:
+    return tuple(row.get(key) for key in ("batch_size", "depth", "width"))
+
+
+def _absent(rows: Iterable[Row]) -> str:
+    """A peer that has no figure might have been the best one: it is named."""
+    names = dict.fromkeys(
+        f"{row['provider']} ({row.get('failed') or row['not_measured']})"
+        for row in rows if "provider" in row
+    )  # fmt: skip
+    return f"; without {', '.join(names)}" if names else ""
 
 
 def _ratio(rows: list[Row]) -> str | None:
@@ -66,18 +75,24 @@ def _ratio(rows: list[Row]) -> str | None:
 
 
 def _cold(rows: list[Row]) -> str | None:
-    found = [row for row in rows if "seconds" in row]
-    each = ", ".join(f"{row['provider']} {row['seconds']:.1f} s" for row in found)
-    return f"{each} (n = 1)" if each else None
+    found = [row for row in rows if "median_ms" in row and _size(row) == (128, 20, 16)]
+    return ", ".join(
+        f"{row['provider']} {row['median_ms'] / 1000:.1f} s ({row['low_ms'] / 1000:.1f} to "
+        f"{row['high_ms'] / 1000:.1f}, n = {row['n']})"
+        for row in found
+    ) or None  # fmt: skip
 
 
 def _dropped(rows: list[Row]) -> str | None:
-    by_mode = {row["mode"]: row for row in rows if "time_ratio" in row}
-    return "; ".join(
-        f"{mode}: {by_mode[mode]['time_ratio']:.2f} of the time, "
-        f"{by_mode[mode]['flops_ratio']:.2f} of the FLOPs ({_spread(by_mode[mode])})"
-        for mode in ("batch", "subset", "row") if mode in by_mode
-    ) or None  # fmt: skip
+    words = []
+    for mode in ("batch", "subset", "row"):
+        row = pick(rows, provider="fastres", mode=mode, depth=56, N=128, p=0.5)
+        if row is not None:
+            words.append(
+                f"{mode}: {row['time_ratio']:.2f} of the time, {row['flops_ratio']:.2f} of the "
+                f"FLOPs ({_spread(row)})"
+            )
+    return "; ".join(words) or None
 
 
 def _meprop(**size: int) -> Callable[[list[Row]], str | None]:
@@ -102,20 +117,17 @@ def _accuracies(rows: list[Row]) -> str | None:
 
 
 def _bandwidth(rows: list[Row]) -> str | None:
-    """The best case of each pass, and what the best peer makes of the same case."""
+    """The largest case of each pass, which no cache holds, beside the best peer at the same."""
     words = []
-    cold = [row for row in rows if "share_of_copy" in row and row["timer"] != WARM]
-    for direction in dict.fromkeys(row["pass"] for row in cold):
-        mine = [row for row in cold if row["pass"] == direction]
-        ours = [row for row in mine if row["provider"] == "fastres"]
-        if ours:
-            best = max(ours, key=lambda r: r["gb_per_s"])
-            case = {key: best.get(key) for key in ("dtype", "layout", "N", "C", "H", "residual")}
-            peers = [r for r in mine if r["provider"] != "fastres" and case.items() <= r.items()]
-            ratio = min((r["median_ms"] for r in peers), default=math.nan) / best["median_ms"]
+    for direction, case in largest(rows).items():
+        ours = next((row for row in case if row["provider"] == "fastres"), None)
+        peers = [row for row in case if row["provider"] != "fastres"]
+        if ours is not None and peers:
+            peer = min(peers, key=lambda r: r["median_ms"])
             words.append(
-                f"{direction} {best['gb_per_s']:,.0f} GB/s, {best['share_of_copy']:.0%} of a "
-                f"copy's, {ratio:.2f} × the best peer ({_spread(best)})"
+                f"{direction} {ours['gb_per_s']:,.0f} GB/s, {ours['share_of_copy']:.0%} of a "
+                f"copy's, {peer['median_ms'] / ours['median_ms']:.2f} × the best peer "
+                f"({peer['provider']}; {_spread(ours)})"
             )
     return "; ".join(words) or None
 
@@ -134,7 +146,7 @@ def _account(rows: list[Row]) -> str | None:
     return "; ".join(
         f"{row['provider']} {row['passes']:.1f} passes, {row['launches']} launches at batch "
         f"{row['batch_size']}"
-        for row in rows if row["name"] == "total"
+        for row in rows if row["name"] == "total" and row["depth"] == 20 and row["width"] == 16
     ) or None  # fmt: skip
 
 
@@ -160,7 +172,8 @@ HEADLINES = (
         "step_cold", _cold, "bench_step.py --cold",
     ),
     Headline(
-        "`batch_norm_relu`, best case", "batch_norm_relu", _bandwidth, "bench_batch_norm_relu.py"
+        "`batch_norm_relu`, the largest case",
+        "batch_norm_relu", _bandwidth, "bench_batch_norm_relu.py",
     ),
     Headline(
         "data-parallel efficiency of the step (on a CPU the processes share its cores)",

@@ -72,7 +72,7 @@ def read(
         i = bisect.bisect_right(starts, time) - 1
         return i if i >= 0 and time < _end(steps[i]) else None
 
-    step_ms = [e["dur"] / 1000 for e in steps]
+    step_ms = [e["dur"] / 1000 for e in steps]  # the host's, who runs ahead of a device
     phases: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
     for name, label in marks.items():
         for e in annotations:
@@ -98,6 +98,8 @@ def read(
             times[key][step] += self_time / 1000
             calls[key] += op is owner
     if on_device:
+        firsts: dict[int, float] = {}
+        last = 0.0
         launched_by = {op["args"].get("External id"): i for i, op in enumerate(ops)}
         for e in events:
             if e.get("cat") not in _ON_DEVICE:
@@ -110,6 +112,10 @@ def read(
                 key = (e["name"], op_name)
                 times[key][step] += e["dur"] / 1000
                 calls[key] += 1
+                firsts[step] = min(firsts.get(step, _start(e)), _start(e))
+                last = max(last, _end(e))
+    if on_device:
+        step_ms = _device_steps(firsts, last, step_ms)
     busy = [sum(ms[i] for ms in times.values()) for i in range(len(steps))]
     whole = busy if on_device else step_ms
     of_op: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
@@ -128,6 +134,19 @@ def read(
         lines.append(Line(OUTSIDE, "", 0, rest, _share(rest, whole), None, None))
     lines.sort(key=lambda line: -line.share)
     return Table(lines, on_device, step_ms, _share(busy, step_ms), dict(phases))
+
+
+def _device_steps(firsts: dict[int, float], last: float, host_ms: list[float]) -> list[float]:
+    """From a step's first kernel to the next step's, in ms; of the last one to its last kernel.
+
+    firsts: when each step's first kernel began, in µs; a step without any has its host's time.
+    """
+    found = list(host_ms)
+    begun = sorted(firsts)
+    ends = [firsts[step] for step in begun[1:]] + [last]
+    for step, end in zip(begun, ends, strict=True):
+        found[step] = (end - firsts[step]) / 1000
+    return found
 
 
 def _share(part: list[float], whole: list[float]) -> float:

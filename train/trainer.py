@@ -164,7 +164,7 @@ class Trainer:
             if config.fused
             else torch.optim.SGD(self.model.parameters(), **sgd, fused=True)
         )
-        self.scaler = LossScaler(enabled=self.half == torch.float16)
+        self.scaler = self.make_scaler()
         self.epoch = 0
         self.network: nn.Module = self.model
         if workers.world_size > 1:
@@ -177,6 +177,10 @@ class Trainer:
             self._settle_buckets()
         # From here on: what it puts back must not be older than a checkpoint that is loaded next.
         self.scaler.watch(self.model)
+
+    def make_scaler(self) -> LossScaler:
+        """Loss scaling where gradients are fp16, which alone overflows."""
+        return LossScaler(enabled=self.half == torch.float16)
 
     def _settle_buckets(self) -> None:
         """Two steps that change nothing, so that DDP's regrouping of gradients is behind us.

@@ -12,10 +12,12 @@ import pytest
 import torch
 from _growth import exponents
 from _roofline import Ceilings, roofline, work
+from _sheet import Sheet
 from _timing import Clock
 from _training_step import make_step, saved_bytes
 
 from fastres.data import split, synthetic
+from fastres.ops import BatchNormReLU2d
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "bench_step.py"
 CPU = torch.device("cpu")
@@ -60,13 +62,44 @@ def test_what_does_not_fit_in_memory_costs_no_other_row(monkeypatch: pytest.Monk
         return make_step(device, data, settings, *rest, **model)
 
     monkeypatch.setattr(bench_step, "make_step", too_large)
-    rows = bench_step.bench(CPU, SIZES, 0.01, Clock(), "eager fp32 channels_last")["rows"]
+    rows = bench_step.bench(CPU, SIZES, 0.01, Sheet(), "eager fp32 channels_last")["rows"]
     assert [row.get("not_measured") for row in rows] == [None, "out of memory"]
     assert rows[0]["images_per_second"] > 0
 
 
+@pytest.mark.parametrize("what", ["optimizer", "backward"])
+def test_a_step_that_is_wrong_has_no_speed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastres.models import ResNet
+    from fastres.optim import FusedSGD
+
+    if what == "optimizer":
+        monkeypatch.setattr(FusedSGD, "step", lambda self: None)
+    else:
+        forward = ResNet.forward
+
+        def detached(self: ResNet, x: torch.Tensor) -> torch.Tensor:
+            y = forward(self, x)
+            fused = any(isinstance(m, BatchNormReLU2d) for m in self.modules())
+            return y.detach() + 0 * y + self.fc.bias - self.fc.bias.detach() if fused else y
+
+        monkeypatch.setattr(ResNet, "forward", detached)
+    rows = bench_step.bench(CPU, SIZES[:1], 0.01, Sheet(), "fp32 channels_last")["rows"]
+    by_name = {row["provider"]: row for row in rows}
+    assert by_name["fused fp32 channels_last"]["failed"] == "wrong result"
+    assert "median_ms" in by_name["eager fp32 channels_last"]
+
+
+def test_what_was_measured_before_is_kept(tmp_path: Path) -> None:
+    path, flags = tmp_path / "step.json", ("--provider", "eager fp32 NCHW", "--go-on")
+    run(*flags, "--batch-size", "8", "--json", str(path))
+    (before,) = json.loads(path.read_text())["rows"]
+    run(*flags, "--json", str(path))
+    content = json.loads(path.read_text())
+    assert content["finished"] and content["rows"][0] == before and len(content["rows"]) == 2
+
+
 def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench_step.bench(CPU, SIZES[:1], 0.01, Clock(minutes=0), "eager")["rows"]
+    rows = bench_step.bench(CPU, SIZES[:1], 0.01, Sheet(Clock(0.0)), "eager")["rows"]
     assert {row["not_measured"] for row in rows} == {"out of time"} and len(rows) == 2
     assert "not measured, 0 s are left" in capsys.readouterr().out
 
@@ -77,15 +110,17 @@ def test_an_unknown_provider_is_named() -> None:
 
 
 def test_a_cold_start_is_timed_from_the_process_on(tmp_path: Path) -> None:
-    done = run("--cold", "--provider", "eager fp32 NCHW", "--json", str(tmp_path / "cold.json"))
+    flags = ["--cold", "--repeats", "1", "--provider", "eager fp32 NCHW"]
+    done = run(*flags, "--json", str(tmp_path / "cold.json"))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "cold.json").read_text())["rows"]
-    assert 0.5 < row["seconds"] < 100  # importing torch alone takes longer than the lower one
+    assert 500 < row["median_ms"] < 100_000  # importing torch alone takes longer than the lower
+    assert row["n"] == 1
 
 
 def test_a_cold_start_that_fails_says_why() -> None:
     size = {"batch_size": 8, "depth": 9, "width": 4}
-    (row,) = bench_step.cold(CPU, size, Clock(), "eager fp32 NCHW")["rows"]
+    (row,) = bench_step.cold(CPU, size, 1, Sheet(), "eager fp32 NCHW")["rows"]
     assert "6n + 2" in row["failed"]
 
 
@@ -149,7 +184,7 @@ def test_saved_bytes_are_those_of_the_batch() -> None:
 @pytest.mark.gpu
 def test_launches_memory_and_host_time() -> None:
     device = torch.device("cuda")
-    found = bench_step.bench(device, SIZES[:1], 0.05, Clock(), "eager fp16 channels_last")
+    found = bench_step.bench(device, SIZES[:1], 0.05, Sheet(), "eager fp16 channels_last")
     (row,) = found["rows"]
     assert row["kernels"] >= row["launches"] > 50
     assert row["peak_memory_bytes"] > row["saved_bytes"] > 0 and row["host_ms"] > 0

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, {benchmarks!r})
 from _results import results, save
 path = Path(sys.argv[sys.argv.index("--json") + 1])
-save(path, results(path.stem, small="--small" in sys.argv, rows=[{row}]))
+save(path, results(path.stem, small="--small" in sys.argv, finished=True, rows=[{row}]))
 with open({log!r}, "a") as log:
     log.write(path.stem + "\\n")
 """
@@ -79,9 +79,25 @@ def test_finished_parts_are_kept_and_the_rest_goes_on(programs: Programs) -> Non
     programs.suite(every)
     programs.suite(every)
     assert programs.ran() == ["a", "late", "b", "late"]
-    programs.suite(every, only=["b"])
-    assert programs.ran()[4:] == ["b"]
+    programs.suite(every, only=["late", "b"])
+    assert programs.ran()[4:] == ["late"]
     assert set(programs.rows()) == {"a", "late", "b"}
+
+
+def test_what_failed_or_was_cut_off_is_run_again_and_full_is_another_size(
+    programs: Programs,
+) -> None:
+    every = {"bad": programs.good("bad", "dict(provider='x', failed='wrong result')")}
+    every["a"] = Part(programs.good("a").program, 30, [], ["--sweep"])
+    programs.suite(every)
+    programs.suite(every)
+    assert programs.ran() == ["bad", "a", "bad"]
+    assert measure_all(every, ["a"], programs.out, True, True, Clock()) == 0
+    assert programs.ran()[3:] == ["a-full"]
+    content = json.loads((programs.out / "a.json").read_text())
+    (programs.out / "a.json").write_text(json.dumps(content | {"finished": False}))
+    programs.suite(every, only=["a"])
+    assert programs.ran()[4:] == ["a"]
 
 
 def test_a_file_of_another_version_or_torn_is_measured_again(
@@ -106,7 +122,7 @@ def test_a_part_that_hangs_is_ended_with_its_children(
         f"open({str(programs.folder / 'pid')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-    every = {"hanging": programs.program("hanging", hanging, seconds=1), "a": programs.good("a")}
+    every = {"hanging": programs.program("hanging", hanging, seconds=8), "a": programs.good("a")}
     start = time.monotonic()
     assert programs.suite(every) == 1
     assert time.monotonic() - start < 60 and programs.ran() == ["a"]
@@ -139,7 +155,7 @@ def test_every_part_is_a_program_that_takes_the_suites_flags() -> None:
     for name, part in parts(Path("images")).items():
         text = (ROOT / "benchmarks" / part.program).read_text()
         assert "parser(__doc__" in text or "run_program(__doc__" in text, name
-        for flag in ["--json", "--small", "--minutes", *part.usual, *part.full]:
+        for flag in ["--json", "--small", "--minutes", "--go-on", *part.usual, *part.full]:
             assert not flag.startswith("--") or f'"{flag}"' in text + shared, (name, flag)
 
 

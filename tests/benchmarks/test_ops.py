@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from _comparison import AUTOTUNE, Case, Work, compare, run_program, sweep_axes
 from _results import load
+from _sheet import Sheet
 from _timing import Clock
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def test_every_bench_times_fastres_and_its_peers(op: str, monkeypatch: pytest.Mo
     # Two are compiled in earnest. The rest would cost a minute, and show no more.
     if op not in ("batch_norm_relu", "meprop_linear"):
         monkeypatch.setattr(torch, "compile", _uncompiled)
-    found = importlib.import_module(f"bench_{op}").bench(CPU, True, 0.001, "stages", Clock())
+    found = importlib.import_module(f"bench_{op}").bench(CPU, True, 0.001, "stages", Sheet())
     rows = found["rows"]
     providers, passes = OPS[op]
     assert not [row for row in rows if "failed" in row or "not_measured" in row]
@@ -81,7 +82,7 @@ def test_every_bench_times_fastres_and_its_peers(op: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("sweep", ["stages", "full"])
 def test_what_no_longer_fits_the_time_is_named(op: str, sweep: str) -> None:
     bench = importlib.import_module(f"bench_{op}").bench
-    rows = bench(CPU, False, 0.001, sweep, Clock(0.0))["rows"]
+    rows = bench(CPU, False, 0.001, sweep, Sheet(Clock(0.0)))["rows"]
     assert rows
     assert all(row["not_measured"] == "out of time" for row in rows)
     assert len({tuple(sorted(row.items())) for row in rows}) == len(rows)  # no case twice
@@ -123,7 +124,7 @@ def test_a_provider_that_fails_costs_only_its_own_rows() -> None:
         "right": lambda: 1,
     }
     rows = {
-        row["provider"]: row for row in compare(CPU, [_case(providers)], 0.001, Clock())["rows"]
+        row["provider"]: row for row in compare(CPU, [_case(providers)], 0.001, Sheet())["rows"]
     }
     assert rows["wrong"]["failed"] == "wrong result"
     assert rows["large"]["not_measured"] == "out of memory"
@@ -145,7 +146,7 @@ def test_a_case_without_memory_costs_only_its_own_row(monkeypatch: pytest.Monkey
         Case({"N": 2}, 8, make),
         _case({"right": lambda: 1}, nbytes=1000),
     ]
-    rows = compare(CPU, cases, 0.001, Clock())["rows"]
+    rows = compare(CPU, cases, 0.001, Sheet())["rows"]
     assert rows[:2] == [{"N": n, "not_measured": "out of memory"} for n in (1, 2)]
     assert made == ["large"]
     assert rows[2]["provider"] == "right" and "median_ms" in rows[2]
@@ -229,7 +230,7 @@ def test_meprops_check_refuses_other_gradients(monkeypatch: pytest.MonkeyPatch) 
             {"unified": 32, "row": 32}, F.linear, op, meprop_linear_reference,
         )  # fmt: skip
 
-    rows = _meprop_ratios.time_ratios(CPU, [Case({"N": 16}, 8, make)], True, 0.001, Clock())["rows"]
+    rows = _meprop_ratios.time_ratios(CPU, [Case({"N": 16}, 8, make)], True, 0.001, Sheet())["rows"]
     assert set(calls) == {"unified", "row"}
     wrong = [row for row in rows if "failed" in row]
     assert {(row["mode"], row["ratio"]) for row in wrong} == {("unified", 0.25), ("row", 0.25)}
@@ -246,7 +247,7 @@ def test_a_step_of_another_loss_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 
     bench_unit = importlib.import_module("bench_stochastic_depth_unit")
     monkeypatch.setattr(bench_unit, "make_step", make_step)
-    rows = bench_unit.bench(CPU, True, 0.001, "stages", Clock())["rows"]
+    rows = bench_unit.bench(CPU, True, 0.001, "stages", Sheet())["rows"]
     wrong = [(row["provider"], row["mode"]) for row in rows if "failed" in row]
     assert wrong == [("fastres", "none"), ("fastres", "row")]
     assert all("time_ratio" not in row for row in rows)  # beside a step that is not right
@@ -254,7 +255,7 @@ def test_a_step_of_another_loss_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_forward_is_timed_in_both_ways() -> None:
-    found = bench_batch_norm_relu.bench(torch.device("cuda"), True, 0.01, "stages", Clock())
+    found = bench_batch_norm_relu.bench(torch.device("cuda"), True, 0.01, "stages", Sheet())
     rows = found["rows"]
     assert not [row for row in rows if "failed" in row or "not_measured" in row]
     assert {row["provider"] for row in rows} >= {"fastres", "eager", "native", *COMPILED}

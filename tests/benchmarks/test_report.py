@@ -107,6 +107,27 @@ def test_a_bad_file_is_named_and_costs_no_other(results: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_rows_that_are_not_what_they_should_be_cost_their_own_figures(results: Path) -> None:
+    rows = [timed(name, 1.0) for name in ("eager", "fused")]
+    for row in rows:
+        del row["median_ms"]
+    save(results / "odd.json", step(gpu={"name": "H1000"}, rows=rows))
+    done = run(results)
+    assert done.returncode == 0 and "32,000 images/s" in done.stdout
+    assert "left out: odd.json: KeyError('median_ms')" in done.stderr
+    readme = results / "TEXT.md"
+    readme.write_text(README)
+    assert run(results, "--write", "--readme", str(readme)).returncode == 0
+    assert "32,000 images/s" in readme.read_text()
+
+
+def test_a_peer_without_a_figure_is_named(results: Path) -> None:
+    late = timed("compile", 1.0) | {"not_measured": "out of time"}
+    del late["images_per_second"], late["median_ms"]
+    save(results / "step.json", step(rows=[timed("eager", 9.0), timed("fused", 3.0), late]))
+    assert "; without compile (out of time) [1]" in run(results).stdout
+
+
 def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
     missing = run(tmp_path / "nowhere")
     assert missing.returncode == 1 and "no such folder" in missing.stderr
