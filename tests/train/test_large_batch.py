@@ -206,6 +206,23 @@ def test_a_step_of_micro_batches_reads_nothing_on_the_host() -> None:
     assert loss.isfinite() and stepped is not None and bool(stepped)
 
 
+@pytest.mark.gpu
+def test_a_step_of_micro_batches_never_waits_for_a_gpu() -> None:
+    methods = [*METHODS["subset, meProp"], "--precision", "fp16", "--no-decay-norm-bias"]
+    config = parse([*TINY, *methods, "--micro-batches", "2", "--device", "cuda"])
+    device = torch.device("cuda")
+    trainer = Trainer(config, Workers(0, 1, 0, device), load_data(config).to(device))
+    trainer.network.train()
+    index = torch.arange(12, device=device)
+    for step in range(3):
+        trainer.train_step(index, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(index, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_gradients_are_reduced_once_a_step() -> None:
     """By the last micro-batch; the sum would come out right without."""
     linear = torch.nn.Linear(4, 3)
