@@ -49,7 +49,7 @@ METHODS = {
 # By processes: methods and micro-batches a process.
 REAL = {
     2: [*((method, 1) for method in METHODS), ("row", 2), ("fp16", 3)],
-    3: [("plain", 1), ("row", 1), ("subset, meProp", 1), ("batch", 2)],
+    3: [(method, 1) for method in ("plain", "batch", "row", "subset, meProp")],
 }
 
 
