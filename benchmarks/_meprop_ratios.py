@@ -93,7 +93,7 @@ def _rows(
     timings: list[Timing] = []
 
     def time() -> Row:
-        timings.extend(_time_in_turn(backwards, device, seconds))
+        timings.extend(time_in_turn(backwards, device, seconds))
         return {}
 
     row = measured(case.about | {"pass": "backward"}, time)
@@ -148,7 +148,7 @@ def _check(
     return {}
 
 
-def _time_in_turn(
+def time_in_turn(
     passes: list[Callable[[], Any]], device: torch.device, seconds: float
 ) -> list[Timing]:
     """Wall time of each, one call of every one after the other, for `seconds` times their number.

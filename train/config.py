@@ -53,6 +53,8 @@ class Config:
     """BatchNorm and ReLU before or after each convolution."""
     shortcut: Literal["A", "B"] = "B"
     """Where the shape changes: A slices and pads with zeros, B projects."""
+    zero_init: bool = False
+    """Each unit begins as its shortcut: 0 in the last weights of its branch."""
 
     drop_prob: float = 0.0
     """Stochastic depth: drop a unit's branch with this probability."""
@@ -64,9 +66,16 @@ class Config:
     """meProp: the share kept of each convolution's output gradient; the last layer stays dense."""
     meprop_mode: Literal["row", "unified"] = "unified"
     """Keep the largest of each image, or the same channels for all."""
+    meprop_warmup_epochs: int = 0
+    """Dense epochs before the first one of meProp."""
+    meprop_dense_every: int | None = None
+    """After them every so many-th epoch is dense again: 2 is sparse, dense, sparse, dense, ..."""
 
     batch_size: int = 128
     """Images a step over all processes."""
+    micro_batches: int = 1
+    """Micro-batches that each process takes in turn, each as a process of its own would: BatchNorm
+    and its statistics, stochastic depth, images. Gradients are averaged, one step is taken."""
     epochs: int = 200
     """Passes over the training set."""
     lr: float = 0.1
@@ -78,7 +87,9 @@ class Config:
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 1e-4
-    """Of SGD, on every parameter."""
+    """Of SGD."""
+    decay_norm_bias: bool = True
+    """Weight decay on BatchNorm's parameters and on biases too."""
 
     seed: int = 0
     """Of the initial weights, the order of the images, and their augmentation."""
@@ -105,6 +116,9 @@ class Config:
         need(self.depth >= 8 and (self.depth - 2) % 6 == 0, "depth", "6n + 2: 8, 14, 20, 26, ...")
         need(self.width >= 1, "width", "1 or more")
         need(self.batch_size >= 1, "batch_size", "1 or more")
+        need(self.micro_batches >= 1, "micro_batches", "1 or more")
+        shared = self.batch_size % self.micro_batches == 0
+        need(shared, "micro_batches", f"a divisor of --batch-size {self.batch_size}")
         need(self.epochs >= 1, "epochs", "1 or more")
         need(0 < self.lr < float("inf"), "lr", "a positive number")
         need(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "0 to --epochs")
@@ -114,6 +128,14 @@ class Config:
         need(0 <= self.drop_prob <= 1, "drop_prob", "0 to 1")
         ratio = self.meprop_ratio
         need(ratio is None or 0 < ratio <= 1, "meprop_ratio", "more than 0, at most 1")
+        warm, every = self.meprop_warmup_epochs, self.meprop_dense_every
+        sparse = ratio is not None and ratio < 1
+        need(warm == 0 or sparse, "meprop_warmup_epochs", "--meprop-ratio under 1 beside it")
+        need(every is None or sparse, "meprop_dense_every", "--meprop-ratio under 1 beside it")
+        need(0 <= warm < self.epochs, "meprop_warmup_epochs", "0 or more, under --epochs")
+        most = self.epochs - warm
+        fine = every is None or 2 <= every <= most
+        need(fine, "meprop_dense_every", f"2 or more, and the {most} epochs after the dense ones")
         pure = self.precision == "pure-fp16"
         need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")

@@ -31,6 +31,8 @@ _MODEL = ("depth", "width", "block", "shortcut")
 _SILENT = (
     "config", "out", "resume", "data_dir", "device", "epochs", "fused", "profile", "profile_steps",
 )  # fmt: skip
+# What is to be said of a change that has no effect.
+_NOTES = {"zero_init": " (to no effect: the weights are the checkpoint's)"}
 
 
 def identity(data: Splits) -> dict[str, Any]:
@@ -116,6 +118,12 @@ def describe(
         f"model    {config.block} ResNet-{config.depth}, width {config.width}: "
         f"{parameters:,} parameters, {config.precision}, {layout}"
     )
+    if config.micro_batches > 1:
+        count = workers.world_size * config.micro_batches
+        workers.say(
+            f"workers  {count}, emulated: {config.micro_batches} micro-batches in each process, of "
+            f"{config.batch_size // count} images"
+        )
     if config.fused:
         workers.say(f"fused    {fused_ops(trainer)}")
     if config.drop_prob > 0:
@@ -124,14 +132,19 @@ def describe(
             f"by {config.drop_mode}"
         )
     if config.meprop_ratio is not None:
-        workers.say(f"meProp   keeps {config.meprop_ratio:g} of dy, {config.meprop_mode}")
+        warm, every = config.meprop_warmup_epochs, config.meprop_dense_every
+        dense = f", dense for the first {warm} epoch(s)" if warm else ""
+        if every:
+            dense += f", {'then ' if warm else ''}dense every {every} epochs"
+        workers.say(f"meProp   keeps {config.meprop_ratio:g} of dy, {config.meprop_mode}{dense}")
     workers.say(f"out      {config.out_dir}")
     if state is not None:
         workers.say(f"resume   after epoch {trainer.epoch} of {config.epochs}")
         then, now = state["config"], config.as_dict()
         for key in sorted(now.keys() & then.keys() - set(_SILENT)):
             if then[key] != now[key]:
-                workers.say(f"changed  {key}: {then[key]} -> {now[key]}")
+                note = _NOTES.get(key, "")
+                workers.say(f"changed  {key}: {then[key]} -> {now[key]}{note}")
 
 
 def train(config: Config, workers: Workers) -> None:
@@ -142,10 +155,12 @@ def train(config: Config, workers: Workers) -> None:
     """
     started = time.perf_counter()
     set_precision_and_determinism(config)
-    if config.batch_size % workers.world_size:
+    shares = workers.world_size * config.micro_batches
+    if config.batch_size % shares:
+        each = f" of {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
         raise TrainError(
-            f"--batch-size {config.batch_size}: {workers.world_size} processes cannot share it "
-            f"evenly; choose a multiple of {workers.world_size}"
+            f"--batch-size {config.batch_size}: {workers.world_size} processes{each} cannot share "
+            f"it evenly; choose a multiple of {shares}"
         )
     nvtx = workers.together(lambda: load_nvtx("--profile")) if config.profile else None
     workers.together(lambda: records.make_out(config.out_dir) if workers.leads else None)
@@ -245,6 +260,7 @@ def finish(
         "training_seconds": training,
         "wall_seconds": seconds,
         "processes": workers.world_size,
+        "workers": workers.world_size * config.micro_batches,
         "device": str(workers.device.type),
         "torch": torch.__version__,
         "config": config.as_dict(),

@@ -1,4 +1,4 @@
-"""The learning rate, as a function of the step alone, so that a resumed run needs no state."""
+"""What changes over a run, as functions of the step or epoch: a resumed run needs no state."""
 
 import math
 
@@ -23,3 +23,13 @@ def lr_factor(
     # In tenths of all steps, as integers: 0.4 * epochs would not be exact.
     tenths = 10 * step / (epochs * steps_per_epoch)
     return 0.1 ** ((tenths >= 4) + (tenths >= 8))
+
+
+def meprop_is_dense(epoch: int, *, warmup_epochs: int, dense_every: int | None) -> bool:
+    """Whether meProp's layers take the dense backward in an epoch, counted from 0.
+
+    The first warmup_epochs do, and from then on every dense_every-th: with 3 two sparse ones, one
+    dense, and so on.
+    """
+    after = epoch - warmup_epochs
+    return after < 0 or (dense_every is not None and (after + 1) % dense_every == 0)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from config import Config
 from errors import TrainError
+from micro_batches import MicroBatches
+from parameters import in_model_order, parameter_groups
 from records import Progress, Record
-from schedule import lr_factor
+from schedule import lr_factor, meprop_is_dense
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from workers import Workers
@@ -86,6 +88,7 @@ def build_model(config: Config, num_classes: int) -> ResNet:
             drop_schedule=config.drop_schedule,
             meprop_ratio=config.meprop_ratio,
             meprop_mode=config.meprop_mode,
+            zero_init=config.zero_init,
         )
 
 
@@ -118,7 +121,7 @@ class Trainer:
     """A model, its optimizer and the data, all on one device; one step at a time."""
 
     def __init__(self, config: Config, workers: Workers, data: Splits, **ddp: Any) -> None:
-        """data: already on the workers' device; the batch size is a multiple of their number.
+        """data: already on the workers' device, whose micro-batches share the batch evenly.
 
         ddp: further arguments of DistributedDataParallel, or others than ours.
 
@@ -159,10 +162,9 @@ class Trainer:
             "momentum": config.momentum,
             "weight_decay": config.weight_decay,
         }
+        params = parameter_groups(self.model, config.decay_norm_bias)
         self.optimizer: torch.optim.Optimizer = (
-            FusedSGD(self.model.parameters(), **sgd)
-            if config.fused
-            else torch.optim.SGD(self.model.parameters(), **sgd, fused=True)
+            FusedSGD(params, **sgd) if config.fused else torch.optim.SGD(params, **sgd, fused=True)
         )
         self.scaler = self.make_scaler()
         self.epoch = 0
@@ -175,8 +177,9 @@ class Trainer:
                 **{"gradient_as_bucket_view": True} | _KEEP_BUFFERS | ddp,
             )
             self._settle_buckets()
-        # From here on: what it puts back must not be older than a checkpoint that is loaded next.
-        self.scaler.watch(self.model)
+        self.micro_batches = MicroBatches(
+            config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler
+        )
 
     def make_scaler(self) -> LossScaler:
         """Loss scaling where gradients are fp16, which alone overflows."""
@@ -189,8 +192,8 @@ class Trainer:
         in one order before a resume and in another after it.
         """
         buffers = [b.clone() for b in self.model.buffers()]
-        share = self.config.batch_size // self.workers.world_size
-        index = torch.arange(share, device=self.workers.device)
+        workers = self.workers.world_size * self.config.micro_batches
+        index = torch.arange(self.config.batch_size // workers, device=self.workers.device)
         for _ in range(2):
             self._loss(index, epoch=0)[0].backward()
             self.optimizer.zero_grad()
@@ -242,14 +245,18 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.drops.set_step(step)
-            loss, _ = self._loss(index, step // self.steps_per_epoch)
-            with self.phase("backward"):
-                self.scaler.scale(loss).backward()
+            losses = []
+            for part in self.micro_batches.each(index):
+                loss, _ = self._loss(part, step // self.steps_per_epoch)
+                with self.phase("backward"):
+                    self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
             with self.phase("update"):
                 stepped = self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.optimizer.zero_grad()
-            return loss.detach(), stepped
+                self.micro_batches.settle(stepped)
+            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
 
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
@@ -261,6 +268,12 @@ class Trainer:
         config, workers = self.config, self.workers
         share = config.batch_size // workers.world_size
         self.network.train()
+        dense = meprop_is_dense(
+            self.epoch,
+            warmup_epochs=config.meprop_warmup_epochs,
+            dense_every=config.meprop_dense_every,
+        )
+        self.model.set_meprop(sparse=not dense)
         start = time.perf_counter()
         order = shuffle(len(self.data.train), config.seed, self.epoch, workers.device)
         # Of the losses: their sum and their number. Of the steps: those that were skipped.
@@ -302,6 +315,7 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": images / seconds,
             "memory_bytes": self._memory(),
+            **({} if config.meprop_ratio is None else {"meprop_dense": dense}),
         } | (scaling if self.scaler.is_enabled() else {})
 
     def _see_that_steps_are_taken(self) -> None:
@@ -323,8 +337,10 @@ class Trainer:
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
     def average_statistics(self) -> None:
-        """Give every process the mean of the processes' running statistics."""
+        """Give every worker the mean of the workers' running statistics."""
+        self.micro_batches.average()
         self.workers.average_(self.model.buffers())
+        self.micro_batches.adopt()
 
     @torch.inference_mode()
     def evaluate(self, images: ImageSet) -> float:
@@ -349,15 +365,19 @@ class Trainer:
         """Everything that a resumed run needs; the data's order and augmentation have no state."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
         }
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        return in_model_order(self.optimizer.state_dict(), self.optimizer, self.model)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; settings that the flags give anew stay as they are."""
         self.model.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]
+        self.micro_batches.adopt()
+        groups = self._optimizer_state()["param_groups"]
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         # Empty where the run before had no loss scaling.
         if state["scaler"] and self.scaler.is_enabled():

@@ -1,7 +1,8 @@
 """ResNets for small images, depth 6n + 2, in three stages of n residual units.
 
 Sources: post-activation, He et al. 2015, arXiv:1512.03385; pre-activation, He et al. 2016,
-arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382.
+arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382; zero_init, Goyal et al.
+2017, arXiv:1706.02677.
 """
 
 from collections.abc import Callable
@@ -90,6 +91,11 @@ class PreActUnit(nn.Module):
             layers.append(self.bn1)
         return [p for layer in layers for p in layer.parameters()]
 
+    def zero_branch(self) -> None:
+        # conv2 ends the branch. bn2's weight in its place would never leave 0: the ReLU after it,
+        # and with it conv2, would pass no gradient.
+        nn.init.zeros_(self.conv2.weight)
+
 
 class PostActUnit(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); a projection is batch-normalised."""
@@ -128,6 +134,11 @@ class PostActUnit(nn.Module):
         layers = (self.conv1, self.bn1, self.conv2, self.bn2)
         return [p for layer in layers for p in layer.parameters()]
 
+    def zero_branch(self) -> None:
+        # bn2 ends the branch. conv2 in its place would give bn2 a batch without variance, and take
+        # its gradient times 1 / sqrt(eps).
+        nn.init.zeros_(self.bn2.weight)
+
 
 _UNITS: dict[str, type[PreActUnit] | type[PostActUnit]] = {
     "preact": PreActUnit,
@@ -156,6 +167,8 @@ class ResNet(nn.Module):
             the dense backward, and the last layer's is dense in any case. See
             fastres.ops.meprop_conv2d.
         meprop_mode: "row" or "unified".
+        zero_init: whether each unit begins as its shortcut, its branch 0: of "preact" conv2's
+            weight is 0 at first, of "postact" bn2's. The other weights are as without it.
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
@@ -175,6 +188,7 @@ class ResNet(nn.Module):
         drop_schedule: Literal["uniform", "linear"] = "linear",
         meprop_ratio: float | None = None,
         meprop_mode: Literal["row", "unified"] = "unified",
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -231,6 +245,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if zero_init and isinstance(module, PreActUnit | PostActUnit):
+                module.zero_branch()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -240,6 +257,15 @@ class ResNet(nn.Module):
         if self.bn is not None:
             x = self.bn(x)
         return self.fc(x.mean((2, 3)))
+
+    def set_meprop(self, sparse: bool) -> None:
+        """Take meProp's backward, or the dense one, from the next forward on; weights stay.
+
+        Compiled, a model has a graph for each of the two, made when it is first needed.
+        """
+        for module in self.modules():
+            if isinstance(module, MePropConv2d):
+                module.dense = not sparse
 
     def draw_from(self, generator: StepGenerator) -> None:
         """Drop units as the generator has it, in place of PyTorch's own random numbers."""

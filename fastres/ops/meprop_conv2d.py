@@ -255,8 +255,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
 class MePropConv2d(nn.Conv2d):
     """nn.Conv2d, trained by meprop_conv2d: its constructor, its weights, its state_dict.
 
-    k, ratio and mode are plain attributes, read at each call: a trainer may set `ratio` between
-    epochs, to 1 for a dense one. In evaluation it is nn.Conv2d, gradients included.
+    k, ratio, mode and `dense` are plain attributes, read at each call. A trainer sets `dense` for
+    epochs in which it is nn.Conv2d, as it is in evaluation, gradients included; torch.compile makes
+    one graph for each of the two.
 
     Args:
         in_channels ... dtype: as nn.Conv2d's, every padding and padding_mode too.
@@ -264,6 +265,8 @@ class MePropConv2d(nn.Conv2d):
     Raises:
         ValueError: both or neither of k and ratio, or one out of range; unknown mode.
     """
+
+    dense = False
 
     def __init__(
         self,
@@ -293,7 +296,7 @@ class MePropConv2d(nn.Conv2d):
         self.k, self.ratio, self.mode = k, ratio, mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if self.dense or not self.training:
             return super().forward(x)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -306,4 +309,5 @@ class MePropConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         share = f"ratio={self.ratio}" if self.k is None else f"k={self.k}"
-        return f"{super().extra_repr()}, {share}, mode={self.mode!r}"
+        dense = ", dense" if self.dense else ""
+        return f"{super().extra_repr()}, {share}, mode={self.mode!r}{dense}"

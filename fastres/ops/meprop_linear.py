@@ -137,8 +137,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 class MePropLinear(nn.Linear):
     """nn.Linear, trained by meprop_linear: its constructor, its weights [out, in], its state_dict.
 
-    k, ratio and mode are plain attributes, read at each call: a trainer may set `ratio` between
-    epochs, to 1 for a dense one. In evaluation it is nn.Linear, gradients included.
+    k, ratio, mode and `dense` are plain attributes, read at each call. A trainer sets `dense` for
+    epochs in which it is nn.Linear, as it is in evaluation, gradients included; torch.compile makes
+    one graph for each of the two.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear's.
@@ -146,6 +147,8 @@ class MePropLinear(nn.Linear):
     Raises:
         ValueError: both or neither of k and ratio, or one out of range; unknown mode.
     """
+
+    dense = False
 
     def __init__(
         self,
@@ -165,10 +168,11 @@ class MePropLinear(nn.Linear):
         self.k, self.ratio, self.mode = k, ratio, mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if self.dense or not self.training:
             return super().forward(x)
         return meprop_linear(x, self.weight, self.bias, k=self.k, ratio=self.ratio, mode=self.mode)
 
     def extra_repr(self) -> str:
         share = f"ratio={self.ratio}" if self.k is None else f"k={self.k}"
-        return f"{super().extra_repr()}, {share}, mode={self.mode!r}"
+        dense = ", dense" if self.dense else ""
+        return f"{super().extra_repr()}, {share}, mode={self.mode!r}{dense}"

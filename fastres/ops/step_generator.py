@@ -34,8 +34,7 @@ class StepGenerator:
     def __init__(self, seed: int = 0, rank: int = 0) -> None:
         if not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed: expected -2**63 <= seed < 2**63, got {seed}")
-        if not 0 <= rank < 1 << 16:
-            raise ValueError(f"rank: expected 0 <= rank < 65536, got {rank}")
+        _check_rank(rank)
         self.seed, self.rank = seed, rank
         self._units: list[UnitGenerator] = []
         self._step = 0
@@ -50,6 +49,17 @@ class StepGenerator:
             key[1:2].fill_(step)
         for unit in self._units:
             unit.set_step(self.seed, step)
+
+    def set_rank(self, rank: int) -> None:
+        """Draw as the process of this rank from here on; a launch a device.
+
+        Raises:
+            ValueError: rank out of range.
+        """
+        _check_rank(rank)
+        self.rank = rank
+        for key in self._keys.values():
+            key[2:3].fill_(rank)
 
     def unit(self, p: float) -> "UnitGenerator":
         """The generator of one more unit, which drops its branch with probability p.
@@ -87,6 +97,11 @@ class UnitGenerator:
         """Draw on the host whether the whole batch is dropped: the host launches, or does not."""
         draw = philox_int(seed, 0, step, DROP_STREAM, self.number) >> 1
         self.dropped = draw < threshold(self.p)
+
+
+def _check_rank(rank: int) -> None:
+    if not 0 <= rank < 1 << 16:
+        raise ValueError(f"rank: expected 0 <= rank < 65536, got {rank}")
 
 
 def threshold(p: float) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from tolerances import MODEL_RELATIVE
 
@@ -147,3 +148,60 @@ def test_meprop_takes_every_convolution_and_the_same_weights() -> None:
     kinds = [m for m in sparse.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(kinds) == 9 and all(isinstance(m, MePropConv2d) for m in kinds)
     assert {(m.ratio, m.mode) for m in kinds if isinstance(m, MePropConv2d)} == {(0.5, "row")}
+
+
+@pytest.mark.parametrize("block", ["preact", "postact"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_zero_init_begins_with_shortcuts_and_every_weight_learns(
+    block: Any, shortcut: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_register, "INTERPRET", False)
+    torch.manual_seed(0)
+    plain = ResNet(14, 4, block, shortcut)
+    torch.manual_seed(0)
+    model = ResNet(14, 4, block, shortcut, zero_init=True)
+    last = {"preact": "conv2.weight", "postact": "bn2.weight"}[block]
+    for (name, p), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert not p.any() if name.endswith(last) else torch.equal(p, wanted), name
+    units: Any = model.units
+    x = torch.randn(4, 4, 8, 8).relu()
+    assert torch.equal(units[0](x), x)
+    way = units[2].shortcut(units[2].bn1(x) if block == "preact" else x)
+    torch.testing.assert_close(units[2](x), way if block == "preact" else way.relu())
+    # The zeros move at the first step, and what stands before them from the second on.
+    for step in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4)).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            begins = "units" not in name or name.endswith(last) or "shortcut" in name
+            assert p.grad.any() or not (step == 1 or begins), (step, name)
+            with torch.no_grad():
+                p.sub_(0.1 * p.grad)
+
+
+def test_meprop_can_be_put_off_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off, its gradients are the plain model's bitwise; each of the two is compiled once."""
+    monkeypatch.setattr(_register, "INTERPRET", False)
+    x = torch.randn(4, 3, 8, 8)
+
+    def gradients(model: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        F.cross_entropy(model(x), torch.arange(4)).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    sparse, plain = ResNet(8, 4, meprop_ratio=0.25), ResNet(8, 4)
+    plain.load_state_dict(sparse.state_dict())
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(sparse, backend=counter, fullgraph=True)
+    wanted = {True: gradients(sparse), False: gradients(plain)}
+    assert not all(torch.equal(a, b) for a, b in zip(wanted[True], wanted[False], strict=True))
+    for on in (False, True, False, True):
+        sparse.set_meprop(on)
+        assert (", dense" in repr(sparse)) == (not on)
+        for a, b in zip(gradients(sparse), wanted[on], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(gradients(compiled), wanted[on], strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2

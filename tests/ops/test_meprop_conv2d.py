@@ -231,6 +231,9 @@ def test_the_module_is_nn_conv2ds_in_all_but_the_backward(
         return [torch.equal(a, b) for a, b in zip(grads(ours), grads(peer), strict=True)]
 
     assert torch.equal(ours(x), peer(x)) and not same(ours, peer)[0]
+    ours.dense = True
+    assert all(same(ours, peer)) and repr(ours).endswith(", mode='unified', dense)")
+    ours.dense = False
     ours.ratio, ours.k, ours.mode = None, 7, "row"
     assert not same(ours, peer)[0]
     assert all(same(ours.eval(), peer.eval()))

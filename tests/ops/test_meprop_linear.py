@@ -231,6 +231,10 @@ def test_the_module_is_nn_linears_in_all_but_the_backward(path: str, device: str
         return [torch.equal(a, b) for a, b in zip(grads(ours), grads(peer), strict=True)]
 
     assert torch.equal(ours(x), peer(x)) and same(ours, peer) == [False, True]
+    ours.dense = True
+    assert same(ours, peer) == [True, True] and repr(ours).endswith(", mode='row', dense)")
+    ours.dense = False
+    assert same(ours, peer) == [False, True]
     ours.ratio = 1.0
     assert same(ours, peer) == [True, True]
     ours.ratio, ours.k, ours.mode = None, 2, "unified"

@@ -22,6 +22,21 @@ def test_the_key_is_seed_step_and_rank(device: str) -> None:
     assert key.tolist() == [-5, 3, 7] and steps.key(key.device) is key
 
 
+def test_one_generator_can_draw_for_every_rank(device: str) -> None:
+    steps = StepGenerator(3)
+    steps.set_step(5)
+    place = torch.empty(0, device=device).device
+    key = steps.key(place)
+    for rank in (65535, 0, 2):
+        steps.set_rank(rank)
+        assert key.tolist() == [3, 5, rank]
+        assert steps.rank == rank and steps.key(place) is key
+    for rank in (-1, 65536):
+        with pytest.raises(ValueError, match=f"rank: expected 0 <= rank < 65536, got {rank}"):
+            steps.set_rank(rank)
+    assert steps.rank == 2
+
+
 def test_units_draw_by_number_and_step() -> None:
     steps = StepGenerator(11, rank=2)
     steps.set_step(4)

@@ -1,0 +1,40 @@
+"""The optimizer's parameter groups, and its state in an order that does not depend on them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, decay_norm_bias: bool) -> list[dict[str, Any]]:
+    """All parameters, or those of weights and, without decay, those of BatchNorm and biases.
+
+    Source: Goyal et al. 2017, arXiv:1706.02677, section 5.3.
+    """
+    params = list(model.parameters())
+    if decay_norm_bias:
+        return [{"params": params}]
+    # BatchNorm's parameters and biases are vectors; what multiplies activations is not.
+    return [
+        {"params": [p for p in params if p.dim() > 1]},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def in_model_order(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Any]:
+    """An optimizer's state_dict whose numbers are places in model.parameters().
+
+    PyTorch numbers parameters by group after group: a state could else be given to other ones when
+    the groups change between a checkpoint and its resume.
+    """
+    place = {p: i for i, p in enumerate(model.parameters())}
+    number = [place[p] for group in optimizer.param_groups for p in group["params"]]
+    return state | {
+        "state": {number[k] if isinstance(k, int) else k: v for k, v in state["state"].items()},
+        "param_groups": [
+            group | {"params": [number[k] for k in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
