@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from _comparison import Case, made, row_text, run_cases, run_program, sweep_axes
 from _meprop_ratios import time_in_turn
 from _results import Row, WrongResult, measured
-from _timing import Clock
+from _sheet import Sheet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -200,13 +200,13 @@ def _check(mlp: Mlp, network: Any, k: int) -> Row:
 
 
 def bench(
-    device: torch.device, small: bool, seconds: float, sweep: str, clock: Clock
+    device: torch.device, small: bool, seconds: float, sweep: str, sheet: Sheet
 ) -> dict[str, Any]:
     """Backward and step of the whole network by k; a wrong gradient gets no speed."""
     ks = (4, 16) if small else tuple(_ORIGINAL)
     cases = _cases(device, small, sweep)
     return run_cases(
-        device, cases, seconds, clock, lambda case, _: _rows(case, ks, device, seconds)
+        device, cases, seconds, sheet, lambda case, _: _rows(case, ks, device, seconds)
     )
 
 

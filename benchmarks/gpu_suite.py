@@ -72,6 +72,7 @@ def parts(folder: Path | None) -> dict[str, Part]:
         ),
     }
     every |= {op: Part(f"bench_{op}.py", 12, [], sweep) for op in _OPS}
+    every["meprop_mlp"] = Part("bench_meprop_mlp.py", 15, [], sweep)
     every["scaling"] = Part("bench_scaling.py", 15)
     return every
 

@@ -107,6 +107,16 @@ def _meprop(**size: int) -> Callable[[list[Row]], str | None]:
     return figure
 
 
+def _mlp(rows: list[Row]) -> str | None:
+    found = [
+        f"{row['speedup']:.1f} × at k = {row['k']} (the original: {row['original_speedup']} ×; "
+        f"{_spread(row)})"
+        for row in rows
+        if row.get("pass") == "backward" and "speedup" in row and "original_speedup" in row
+    ]
+    return ", ".join(found) or None
+
+
 def _accuracies(rows: list[Row]) -> str | None:
     runs = [
         f"{row['provider']} {row['test_accuracy']:.1f} % at {row['images_per_second']:,.0f}/s"
@@ -199,6 +209,10 @@ HEADLINES = (
     Headline(
         "meProp unified, 3×3 conv of 256 channels, fp32: the same",
         "meprop_conv2d", _meprop(**_CONV), "bench_meprop_conv2d.py",
+    ),
+    Headline(
+        "meProp unified, the original's MLP (784-8192-8192-10, batch 50, fp32): backward over the "
+        "dense one", "meprop_mlp", _mlp, "bench_meprop_mlp.py",
     ),
     Headline(
         "training, test accuracy: few epochs, one seed; they show that all learn, "

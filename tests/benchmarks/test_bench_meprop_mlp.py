@@ -10,6 +10,7 @@ import pytest
 import torch
 from _comparison import run_program
 from _results import load
+from _sheet import Sheet
 from _timing import Clock
 from torch import nn
 
@@ -107,7 +108,7 @@ def test_a_wrong_network_gets_no_speed(wrong: str, monkeypatch: pytest.MonkeyPat
         "dense": lambda self, k: self.dense,
     }
     monkeypatch.setattr(bench_meprop_mlp.Mlp, "sparse", broken[wrong])
-    rows = bench_meprop_mlp.bench(CPU, True, 0.001, "stages", Clock())["rows"]
+    rows = bench_meprop_mlp.bench(CPU, True, 0.001, "stages", Sheet())["rows"]
     failed = {row["k"] for row in rows if "failed" in row}
     # Where all is kept, these are right, but for one column less.
     assert failed >= {4, 16}
@@ -116,5 +117,5 @@ def test_a_wrong_network_gets_no_speed(wrong: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_no_longer_fits_the_time_is_named() -> None:
-    rows = bench_meprop_mlp.bench(CPU, False, 0.001, "full", Clock(0.0))["rows"]
+    rows = bench_meprop_mlp.bench(CPU, False, 0.001, "full", Sheet(Clock(0.0)))["rows"]
     assert len(rows) == 5 and all(row["not_measured"] == "out of time" for row in rows)
