@@ -32,7 +32,7 @@ from fastres.ops import (
     shuffle,
     takes_kernels,
 )
-from fastres.optim import FusedSGD
+from fastres.optim import FusedSGD, YellowFin
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
@@ -89,6 +89,22 @@ def build_model(config: Config, num_classes: int) -> ResNet:
         )
 
 
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a config, for a model that is where it trains."""
+    params = model.parameters()
+    settings: dict[str, Any] = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "yellowfin":
+        return YellowFin(params, **settings)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(params, **settings, fused=True)
+    settings["momentum"] = config.momentum
+    return (
+        FusedSGD(params, **settings)
+        if config.fused
+        else torch.optim.SGD(params, **settings, fused=True)
+    )
+
+
 def to_half(model: nn.Module) -> None:
     """fp16 weights, but for BatchNorm, whose fp32 parameters and statistics cost nothing."""
     for module in model.modules():
@@ -108,7 +124,8 @@ def fused_ops(trainer: "Trainer") -> str:
         "meprop_conv2d": sum(isinstance(m, MePropConv2d) for m in trainer.model.modules()),
     }
     layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
-    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else []), "sgd_step"]
+    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
+    steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
     triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"
@@ -153,17 +170,8 @@ class Trainer:
         self.model.to(memory_format=self.memory_format)
         self.drops = StepGenerator(config.seed, workers.rank)
         self.model.draw_from(self.drops)
-        self.peak_lr = config.lr * config.batch_size / 128
-        sgd: dict[str, Any] = {
-            "lr": self.peak_lr,
-            "momentum": config.momentum,
-            "weight_decay": config.weight_decay,
-        }
-        self.optimizer: torch.optim.Optimizer = (
-            FusedSGD(self.model.parameters(), **sgd)
-            if config.fused
-            else torch.optim.SGD(self.model.parameters(), **sgd, fused=True)
-        )
+        self.peak_lr = config.peak_lr
+        self.optimizer = build_optimizer(config, self.model)
         self.scaler = LossScaler(enabled=self.half == torch.float16)
         self.epoch = 0
         self.network: nn.Module = self.model
@@ -298,7 +306,16 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": images / seconds,
             "memory_bytes": self._memory(),
-        } | (scaling if self.scaler.is_enabled() else {})
+            **(scaling if self.scaler.is_enabled() else {}),
+            **self._tuned(),
+        }
+
+    def _tuned(self) -> Record:
+        """What YellowFin has found, before the schedule's factor."""
+        if not isinstance(self.optimizer, YellowFin):
+            return {}
+        lr, momentum = self.optimizer.tuned()
+        return {"tuned_lr": float(lr), "tuned_momentum": float(momentum)}
 
     def _see_that_steps_are_taken(self) -> None:
         """Called at most every max_skipped_steps steps, since it waits for the device."""

@@ -97,7 +97,7 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
                 warmup_epochs=0,
                 schedule="step",
             )
-            trainer.optimizer.param_groups[0]["lr"] = config.lr * config.batch_size / 128 * factor
+            trainer.optimizer.param_groups[0]["lr"] = config.peak_lr * factor
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
         for name, buffer in model.named_buffers():  # averaged before each evaluation
