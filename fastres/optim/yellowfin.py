@@ -110,7 +110,7 @@ class YellowFin(torch.optim.Optimizer):
         return low, high
 
     def grad_variance(self) -> Tensor:
-        """C, fp64 []: the squared distance of gradients from their mean, in the mean."""
+        """C, fp64 []: the mean squared distance of gradients from their mean, never quite 0."""
         squared = self._averages()[3]
         mean = torch.linalg.vector_norm(self._flat["grad_average"], dtype=torch.float64)
         variance = squared - (mean / self._debias()).square()
@@ -157,7 +157,7 @@ class YellowFin(torch.optim.Optimizer):
         if found_inf is not None:
             taken = send(found_inf, grad.device).reshape(()) == 0
         norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        bounded, clipped = torch.ones_like(norm).expand(2).unbind()
+        bounded = clipped = torch.ones_like(norm)
         if self._settings["clip"]:
             ratio = self.curvature_range()[1].sqrt() / norm
             known = self._all["steps"] > 0
