@@ -38,6 +38,7 @@ _OPS = (
     "unscale",
     "cast",
     "sgd_step",
+    "yellowfin",
     "meprop_linear",
     "meprop_conv2d",
     "stochastic_depth_add",

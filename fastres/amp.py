@@ -47,9 +47,9 @@ class LossScaler:
     `skipped_in_a_row` counts on the device, and `watch` keeps BatchNorm's statistics clean of
     skipped batches.
 
-    With FusedSGD, and with torch's fused SGD, Adam, AdamW and (not yet in torch 2.11) Adagrad,
-    which take the scale and found_inf as tensors, nothing ever waits for the device. For any other
-    optimizer the host decides whether to step, and waits once a step, as with GradScaler.
+    With FusedSGD and YellowFin, and with torch's fused SGD, Adam, AdamW and (not yet in torch 2.11)
+    Adagrad, which take the scale and found_inf as tensors, nothing ever waits for the device. For
+    any other optimizer the host decides whether to step, and waits once a step, as with GradScaler.
 
     With DistributedDataParallel every rank sees the same reduced gradients, and so skips the same
     steps. Gradients of one optimizer are on one device.
@@ -205,7 +205,7 @@ class LossScaler:
         """Step the optimizer unless a gradient is Inf or NaN; the gradients are unscaled for it.
 
         Args:
-            optimizer: any of torch.optim, or FusedSGD.
+            optimizer: any of torch.optim, or of fastres.optim.
             args, kwargs: for optimizer.step; no closure.
         Returns:
             bool [], on the device: whether it stepped. Where scaling is disabled, what

@@ -14,12 +14,13 @@ from torch import nn
 
 from fastres.amp import LossScaler
 from fastres.ops import _register
-from fastres.optim import FusedSGD
+from fastres.optim import FusedSGD, YellowFin
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 # Optimizers that take found_inf and the scale as tensors; and some that do not.
 ON_DEVICE: dict[str, Any] = {
     "FusedSGD": lambda p: FusedSGD(p, **SGD),
+    "YellowFin": lambda p: YellowFin(p, weight_decay=0.01),
     "SGD fused": lambda p: torch.optim.SGD(p, fused=True, **SGD),
     "Adam fused": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),

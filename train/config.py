@@ -13,6 +13,9 @@ from typing import Any, Literal
 import tyro
 from errors import TrainError
 
+# --lr where none is given.
+_LR = {"sgd": 0.1, "adam": 1e-3, "yellowfin": 1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -78,16 +81,20 @@ class Config:
     and its statistics, stochastic depth, images. Gradients are averaged, one step is taken."""
     epochs: int = 200
     """Passes over the training set."""
-    lr: float = 0.1
-    """Learning rate for a batch of 128; scaled linearly with the batch size."""
+    optimizer: Literal["sgd", "adam", "yellowfin"] = "sgd"
+    """yellowfin: SGD that tunes its learning rate and momentum itself."""
+    lr: float | None = None
+    """sgd: learning rate for a batch of 128, scaled linearly with the batch size (0.1). adam:
+    learning rate (0.001). yellowfin: factor on the learning rate that it tunes (1). The schedule
+    multiplies each."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises from 0, a little at each step."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth after 40 % of the epochs, and again after 80 %. cosine: down to 0."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Of sgd."""
     weight_decay: float = 1e-4
-    """Of SGD."""
+    """On every parameter, as a part of its gradient."""
     decay_norm_bias: bool = True
     """Weight decay on BatchNorm's parameters and on biases too."""
 
@@ -108,6 +115,9 @@ class Config:
     """Epochs between evaluations on train, dev and test; the last epoch always has one."""
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", _LR[self.optimizer])
+
         def need(fine: bool, name: str, wants: str) -> None:
             if not fine:
                 flag = "--" + name.replace("_", "-")
@@ -120,9 +130,11 @@ class Config:
         shared = self.batch_size % self.micro_batches == 0
         need(shared, "micro_batches", f"a divisor of --batch-size {self.batch_size}")
         need(self.epochs >= 1, "epochs", "1 or more")
-        need(0 < self.lr < float("inf"), "lr", "a positive number")
+        need(0 < (self.lr or 0) < float("inf"), "lr", "a positive number")
         need(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "0 to --epochs")
         need(0 <= self.momentum < 1, "momentum", "0 or more, under 1")
+        sgd = self.optimizer == "sgd"
+        need(sgd or self.momentum == 0.9, "momentum", "--optimizer sgd beside it: others have none")
         need(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
         need(self.max_skipped_steps >= 1, "max_skipped_steps", "1 or more")
         need(0 <= self.drop_prob <= 1, "drop_prob", "0 to 1")
@@ -138,6 +150,7 @@ class Config:
         need(fine, "meprop_dense_every", f"2 or more, and the {most} epochs after the dense ones")
         pure = self.precision == "pure-fp16"
         need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
+        need(not pure or sgd, "precision", "--optimizer sgd beside it, which has fp32 masters")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")
         need(self.profile_steps >= 1, "profile_steps", "1 or more")
         need(self.eval_every >= 1, "eval_every", "1 or more")
@@ -149,6 +162,12 @@ class Config:
         need(not folder or self.data_dir is not None, "data_dir", "the folder of class folders")
         need(fraction is None or folder, "test_fraction", "--dataset folder beside it")
         need(self.image_size is None or size, "image_size", "--dataset folder or synthetic with it")
+
+    @property
+    def peak_lr(self) -> float:
+        """What the schedule multiplies."""
+        assert self.lr is not None
+        return self.lr * self.batch_size / 128 if self.optimizer == "sgd" else self.lr
 
     @property
     def out_dir(self) -> Path:

@@ -93,6 +93,12 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
             f"{path}: its weights are of --precision {then['precision']}, this run's of "
             f"--precision {now['precision']}; pass the former, or another --out"
         )
+    optimizer = then.get("optimizer", "sgd")  # which had no name at first
+    if optimizer != config.optimizer:
+        raise TrainError(
+            f"{path}: its state is that of --optimizer {optimizer}, not of --optimizer "
+            f"{config.optimizer}; pass the former, or another --out"
+        )
     for name in _MODEL:
         if then[name] != now[name]:
             raise TrainError(
@@ -124,6 +130,9 @@ def describe(
             f"workers  {count}, emulated: {config.micro_batches} micro-batches in each process, of "
             f"{config.batch_size // count} images"
         )
+    if config.optimizer != "sgd":
+        of = " times what it tunes" if config.optimizer == "yellowfin" else ""
+        workers.say(f"steps    by {config.optimizer}, lr {config.lr:g}{of}")
     if config.fused:
         workers.say(f"fused    {fused_ops(trainer)}")
     if config.drop_prob > 0:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from config import Config
 from errors import TrainError
 from micro_batches import MicroBatches
-from parameters import in_model_order, parameter_groups
+from optimizers import build_optimizer, in_model_order
 from records import Progress, Record
 from schedule import lr_factor, meprop_is_dense
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from fastres.ops import (
     shuffle,
     takes_kernels,
 )
-from fastres.optim import FusedSGD
+from fastres.optim import FusedSGD, YellowFin
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
@@ -111,7 +111,8 @@ def fused_ops(trainer: "Trainer") -> str:
         "meprop_conv2d": sum(isinstance(m, MePropConv2d) for m in trainer.model.modules()),
     }
     layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
-    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else []), "sgd_step"]
+    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
+    steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
     triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"
@@ -156,16 +157,8 @@ class Trainer:
         self.model.to(memory_format=self.memory_format)
         self.drops = StepGenerator(config.seed, workers.rank)
         self.model.draw_from(self.drops)
-        self.peak_lr = config.lr * config.batch_size / 128
-        sgd: dict[str, Any] = {
-            "lr": self.peak_lr,
-            "momentum": config.momentum,
-            "weight_decay": config.weight_decay,
-        }
-        params = parameter_groups(self.model, config.decay_norm_bias)
-        self.optimizer: torch.optim.Optimizer = (
-            FusedSGD(params, **sgd) if config.fused else torch.optim.SGD(params, **sgd, fused=True)
-        )
+        self.peak_lr = config.peak_lr
+        self.optimizer = build_optimizer(config, self.model)
         self.scaler = self.make_scaler()
         self.epoch = 0
         self.network: nn.Module = self.model
@@ -316,7 +309,16 @@ class Trainer:
             "images_per_second": images / seconds,
             "memory_bytes": self._memory(),
             **({} if config.meprop_ratio is None else {"meprop_dense": dense}),
-        } | (scaling if self.scaler.is_enabled() else {})
+            **(scaling if self.scaler.is_enabled() else {}),
+            **self._tuned(),
+        }
+
+    def _tuned(self) -> Record:
+        """What YellowFin has found, before the schedule's factor."""
+        if not isinstance(self.optimizer, YellowFin):
+            return {}
+        lr, momentum = self.optimizer.tuned()
+        return {"tuned_lr": float(lr), "tuned_momentum": float(momentum)}
 
     def _see_that_steps_are_taken(self) -> None:
         """Called at most every max_skipped_steps steps, since it waits for the device."""

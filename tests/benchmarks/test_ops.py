@@ -35,6 +35,7 @@ OPS = {
     "cast": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "unscale": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "sgd_step": ({"fastres", "fused", "foreach", *COMPILED}, {"step", "scaled step"}),
+    "yellowfin": ({"fastres", "sgd", "adam"}, {"step", "scaled step"}),
     "meprop_linear": ({"fastres", "eager", *COMPILED}, {"backward", "selection"}),
     "meprop_conv2d": ({"fastres", "eager", *COMPILED}, {"backward", "selection"}),
     "stochastic_depth_unit": ({"fastres", "eager"}, {"step"}),

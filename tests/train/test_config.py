@@ -16,6 +16,17 @@ def test_no_flag_but_fused_is_the_reports_job() -> None:
     assert (config.epochs, config.batch_size, config.lr) == (200, 128, 0.1)
     assert (config.warmup_epochs, config.schedule, config.precision) == (0, "step", "fp32")
     assert (config.momentum, config.weight_decay, config.channels_last) == (0.9, 1e-4, True)
+    assert config.optimizer == "sgd"
+
+
+def test_each_optimizer_has_its_own_learning_rate() -> None:
+    """Only SGD's goes with the batch size."""
+    for optimizer, lr, peak in (("sgd", 0.1, 0.8), ("adam", 1e-3, 1e-3), ("yellowfin", 1.0, 1.0)):
+        flags = ["--optimizer", optimizer, "--batch-size", "1024"]
+        config = parse(flags)
+        assert config.lr == lr and config.peak_lr == pytest.approx(peak)
+        given = parse([*flags, "--lr", "0.5"])
+        assert given.lr == 0.5 and given.peak_lr == (4.0 if optimizer == "sgd" else 0.5)
 
 
 def test_flags_override_the_file_wherever_they_stand(tmp_path: Path) -> None:
@@ -61,6 +72,13 @@ def test_best_is_readable_and_fused() -> None:
         (["--meprop-ratio", "0"], ["--meprop-ratio 0.0", "more than 0"]),
         (["--meprop-mode", "column"], ["column", "unified"]),
         (["--precision", "pure-fp16"], ["--precision pure-fp16", "--fused"]),
+        (["--optimizer", "lion"], ["lion", "yellowfin"]),
+        (["--optimizer", "adam", "--lr", "0"], ["--lr 0.0", "positive"]),
+        (["--optimizer", "adam", "--momentum", "0.5"], ["--momentum 0.5", "--optimizer sgd"]),
+        (
+            ["--precision", "pure-fp16", "--fused", "--optimizer", "yellowfin"],
+            ["--precision pure-fp16", "--optimizer sgd", "fp32 masters"],
+        ),
         (["--max-skipped-steps", "0"], ["--max-skipped-steps 0", "1 or more"]),
         (["--config", "no-such.toml"], ["no-such.toml", "cannot be read"]),
     ],

@@ -32,6 +32,9 @@ METHODS = {
     "meprop row": ["--meprop-ratio", "0.1", "--meprop-mode", "row"],
     "fp16": ["--precision", "fp16"],
     "pure-fp16": ["--precision", "pure-fp16"],
+    "adam": ["--optimizer", "adam"],
+    "yellowfin": ["--optimizer", "yellowfin"],
+    "yellowfin fp16": ["--optimizer", "yellowfin", "--precision", "fp16", *DROP, "subset"],
     "all": [*DROP, "subset", "--meprop-ratio", "0.5", "--precision", "fp16"],
 }
 
@@ -65,7 +68,8 @@ def test_a_method_trains_and_resumes_bitwise(
     said = capsys.readouterr().out
     assert ("p = 0.5 uniform" in said) == ("--drop-prob" in flags)
     assert ("meprop_conv2d (" in said) == ("--meprop-ratio" in flags)
-    assert ("unscale, sgd_step" in said) == ("--precision" in flags)
+    assert (", unscale" in said) == ("--precision" in flags)
+    assert ("sgd_step" in said) == ("--optimizer" not in flags)
 
     save, module = checkpoint.save, sys.modules["main"]
 
@@ -95,6 +99,31 @@ def test_methods_change_what_is_learnt(tmp_path: Path) -> None:
         assert main([*TINY, *METHODS.get(method, []), "--out", str(tmp_path / method)]) == 0
         seen[method] = state_of(tmp_path / method)["model"]["fc.weight"]
     assert len({t.numpy().tobytes() for t in seen.values()}) == len(seen)
+
+
+def test_what_yellowfin_tunes_is_in_the_metrics(tmp_path: Path) -> None:
+    """Before the schedule's factor, which is `lr`: 1, then a tenth."""
+    flags = [*TINY, "--optimizer", "yellowfin", "--epochs", "5"]
+    assert main([*flags, "--out", str(tmp_path)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["lr"] for r in records] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+    # 20 steps of the 200 of its slow start.
+    rates = [r["tuned_lr"] for r in records]
+    assert 0 < rates[0] < rates[1] < rates[2] and all(0 <= r["tuned_momentum"] < 1 for r in records)
+
+
+def test_another_optimizer_is_refused_on_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, "--epochs", "1", "--out", str(tmp_path)]
+    assert main([*flags, "--optimizer", "yellowfin"]) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    for optimizer in ("sgd", "adam"):
+        assert main([*flags, "--epochs", "2", "--optimizer", optimizer]) == 1
+        said = capsys.readouterr().err
+        assert "--optimizer yellowfin" in said and f"--optimizer {optimizer}" in said
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_the_schedules_of_stochastic_depth() -> None:

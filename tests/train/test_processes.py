@@ -36,6 +36,7 @@ METHODS = {
     "plain": [],
     "batch": ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode", "batch"],
     "row": ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode", "row"],
+    "yellowfin": ["--optimizer", "yellowfin"],
     "subset, meProp": ["--drop-prob", "0.5", "--drop-mode", "subset", "--meprop-ratio", "0.25"],
 }
 
@@ -97,7 +98,7 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
                 warmup_epochs=0,
                 schedule="step",
             )
-            trainer.optimizer.param_groups[0]["lr"] = config.lr * config.batch_size / 128 * factor
+            trainer.optimizer.param_groups[0]["lr"] = config.peak_lr * factor
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
         for name, buffer in model.named_buffers():  # averaged before each evaluation
@@ -110,7 +111,7 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("processes", "method"),
-    [(3, "plain"), (2, "batch"), (2, "row"), (2, "subset, meProp")],
+    [(3, "plain"), (2, "batch"), (2, "row"), (2, "subset, meProp"), (2, "yellowfin")],
 )
 def test_processes_train_what_one_would(
     processes: int, method: str, tmp_path: Path, _native_path: None

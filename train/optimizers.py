@@ -1,9 +1,28 @@
-"""The optimizer's parameter groups, and its state in an order that does not depend on them."""
+"""A run's optimizer: its parameter groups, and its state in an order without them."""
 
 from typing import Any
 
 import torch
+from config import Config
 from torch import nn
+
+from fastres.optim import FusedSGD, YellowFin
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a config, for a model that is where it trains."""
+    params = parameter_groups(model, config.decay_norm_bias)
+    settings: dict[str, Any] = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "yellowfin":
+        return YellowFin(params, **settings)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(params, **settings, fused=True)
+    settings["momentum"] = config.momentum
+    return (
+        FusedSGD(params, **settings)
+        if config.fused
+        else torch.optim.SGD(params, **settings, fused=True)
+    )
 
 
 def parameter_groups(model: nn.Module, decay_norm_bias: bool) -> list[dict[str, Any]]:
