@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         content["step"] = percentiles(table.step_ms).as_dict()
         content["busy"] = table.busy
         content["phases_ms"] = {name: statistics.median(ms) for name, ms in table.phases.items()}
-        content["trace"] = str(args.out / "trace.json")
+        content["trace"] = f"{args.out.name}/trace.json"
     return finish("profile_step", args, content)
 
 
