@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from _results import failures, results, save
 
 
-def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
-    """--device, --small, --minutes, --json; --seconds of timing a figure where they are given."""
+def parser(
+    doc: str | None, seconds: float | None = None, goes_on: bool = True
+) -> argparse.ArgumentParser:
+    """--device, --small, --minutes, --json; --seconds of timing a figure where they are given.
+
+    goes_on: whether the program keeps what it has measured; gpu_suite.py hands --go-on to all.
+    """
     head, _, rest = (doc or "").partition("\n")
     made = argparse.ArgumentParser(
         description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -25,8 +31,9 @@ def parser(doc: str | None, seconds: float | None = None) -> argparse.ArgumentPa
         "--minutes", type=float, default=float("inf"), help="begin no measurement after these"
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    kept = "keep what --json FILE has, and measure the rest"
     made.add_argument(
-        "--go-on", action="store_true", help="keep what --json FILE has, and measure the rest"
+        "--go-on", action="store_true", help=kept if goes_on else "no effect: all is measured anew"
     )
     return made
 
@@ -45,6 +52,18 @@ def _device(name: str) -> torch.device:
             f"expected cpu or cuda, got {name}: CUDA_VISIBLE_DEVICES={device.index} chooses a GPU"
         )
     return device
+
+
+def aligned(lines: Sequence[Sequence[str]], names: int) -> str:
+    """A table of these lines: the first `names` columns begin alike, the others end alike."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i < names else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def finish(benchmark: str, args: argparse.Namespace, content: dict[str, Any]) -> int:

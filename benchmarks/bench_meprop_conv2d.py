@@ -6,7 +6,7 @@ Convolutions are 3x3, of C to C channels. Dense backwards, eager and compiled, a
 turns, so that a machine's moods meet them all; speedup is over the eager one. FLOPs are what
 PyTorch counts in the backward's products; GB/s are those of the selection alone, of reading dy once
 (for "row" also writing what is kept). --sweep full takes one base shape and changes C, the image's
-side and the batch size one at a time; C ends at 512, where a backward is a second's work already.
+side and the batch size one at a time; past 512 channels the images shrink as well.
 """
 
 import sys
@@ -30,6 +30,9 @@ _AXES = {
     "H": (8, 14, 28, 56),
     "N": (32, 128, 512, 1024, 4096),
 }
+# Of the base shape's images a backward of 512 channels is a second's work already. Where a network
+# has more channels it has smaller images: these are about as much work.
+_WIDE = ({"N": 128, "C": 1024, "H": 14}, {"N": 128, "C": 2048, "H": 8})
 
 
 def _make(
@@ -64,7 +67,7 @@ def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
     if small:
         sizes = [{"N": 4, "C": 8, "H": 8}]
     elif sweep == "full":
-        sizes = list(sweep_axes(_BASE, _AXES))
+        sizes = [*sweep_axes(_BASE, _AXES), *_WIDE]
     for name, dtype in dtypes(device).items():
         for layout_name, layout in LAYOUTS.items():
             for size in sizes:

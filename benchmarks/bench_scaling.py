@@ -190,7 +190,7 @@ def modelled(rows: list[Row], of: str, network: Network | None) -> dict[str, Any
 
 
 def main() -> int:
-    made = parser(__doc__, seconds=2.0)
+    made = parser(__doc__, seconds=2.0, goes_on=False)
     made.add_argument("--processes", type=int, nargs="+", metavar="N", help="1 2 4 ... up to all")
     made.add_argument("--backend", choices=("nccl", "gloo"), help="nccl on GPUs, gloo on a CPU")
     made.add_argument("--batch-size", type=int, nargs="+", metavar="B",

@@ -282,7 +282,9 @@ def main() -> int:
     what.add_argument("--sweep", action="store_true", help="all batch sizes, depths and widths")
     what.add_argument("--cold", action="store_true", help="only seconds to the first step")
     p.add_argument("--repeats", type=int, default=3, help="of a cold start (3)")
-    what.add_argument("--ratio", type=int, metavar="PAIRS", help="only the interleaved ratio")
+    what.add_argument(
+        "--ratio", type=int, metavar="PAIRS", help="only the interleaved ratio; no --go-on"
+    )
     what.add_argument("--first-step", metavar="PROVIDER", help=argparse.SUPPRESS)
     args = p.parse_args()
     if not any(args.provider in name for name in providers(args.device)):

@@ -1,4 +1,4 @@
-"""Everything there is to know of one GPU, by one command, in about 8 minutes a call.
+"""All there is to know of one GPU, by one command that begins nothing more after 7.5 minutes.
 
 python benchmarks/gpu_suite.py --out DIR             tests, ops, the step, trainings, profile
 python benchmarks/gpu_suite.py --out DIR             again: measures what the first one left out

@@ -61,7 +61,7 @@ def _run(command: list[str], good: tuple[int, ...], limit: float) -> Row:
 
 
 def main() -> int:
-    args = parser(__doc__).parse_args()
+    args = parser(__doc__, goes_on=False).parse_args()
     return finish("gpu_tests", args, bench(args.small, Clock(args.minutes)))
 
 

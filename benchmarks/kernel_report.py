@@ -46,7 +46,7 @@ from _kernel_baseline import (
 )
 from _kernel_variants import DTYPES, OPS, Task, launch_of, tasks
 from _occupancy import occupancy
-from _program import finish
+from _program import aligned, finish
 from _results import ResultsError, Row, failures, measured
 
 from fastres.kernels import _aot
@@ -95,11 +95,7 @@ def table(rows: Sequence[Row]) -> str:
                 + [str(row["tensor"]), f"{row['loads_128']}/{row['loads']}"]
                 + [f"{row['stores_128']}/{row['stores']}", f"{row['seconds']:.2f}"]
             )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(lines, names=4)
 
 
 def summary_text(row: Row) -> str:

@@ -83,7 +83,7 @@ def rows(about: Row, table: Table, top: int) -> list[Row]:
 
 
 def main() -> int:
-    options = parser(__doc__)
+    options = parser(__doc__, goes_on=False)
     options.add_argument("--provider", choices=("fused", "eager", "compile"), default="fused")
     options.add_argument("--batch-size", type=int, help="images a step (128; with --small 16)")
     options.add_argument("--depth", type=int, help="layers, 6n + 2 (20; with --small 8)")

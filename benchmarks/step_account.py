@@ -31,7 +31,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
 import torch
-from _program import finish
+from _program import aligned, finish
 from _results import Row
 from _step_count import Account, Traffic, counted
 from config import Config
@@ -96,14 +96,7 @@ def table(rows: Sequence[Row]) -> str:
             line += [f"{size / row['batch_size'] / 1e3:,.1f}" for size in sizes]
             line += [f"{row['passes']:.2f}"]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines, names=1)
 
 
 def main() -> int:

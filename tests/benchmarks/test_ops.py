@@ -89,7 +89,7 @@ def test_what_no_longer_fits_the_time_is_named(op: str, sweep: str) -> None:
     assert len({tuple(sorted(row.items())) for row in rows}) == len(rows)  # no case twice
 
 
-@pytest.mark.parametrize("op", ["batch_norm_relu", "stochastic_depth_add"])
+@pytest.mark.parametrize("op", ["batch_norm_relu", "stochastic_depth_add", "meprop_conv2d"])
 def test_the_full_sweep_has_every_axis_dtype_and_layout(op: str) -> None:
     cases = importlib.import_module(f"bench_{op}")._cases
     abouts = [case.about for case in cases(torch.device("cuda"), False, "full")]
