@@ -44,6 +44,9 @@ MODEL_RELATIVE = 2e-5
 # Weights after four steps by several processes and by one: the same sums but for the order in
 # which gloo adds the processes' gradients, which four BatchNorm-amplified steps carry on.
 DDP_ABSOLUTE = 1e-5
+# The same in half precision, where the next forward's roundings carry on what the order of the
+# fp32 sums has changed; of fp16's weights one such rounding is 5e-4.
+DDP_HALF_ABSOLUTE = 0.01
 
 
 def store_error(dtype: torch.dtype) -> float:

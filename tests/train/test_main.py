@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 import torch
 from main import main
 from PIL import Image
-
-from fastres.ops import _register
+from train.tiny_runs import on_native_path, same, weights_of
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -23,38 +21,19 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a CPU without the interpreter runs; and no run's settings left for the next test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_register, "INTERPRET", False)
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    # conftest sets anew what --deterministic changes.
-    torch.backends.cudnn.benchmark = benchmark
+pytestmark = pytest.mark.usefixtures("native_path")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(out / "checkpoint.pt")["model"]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of three epochs."""
     out = tmp_path_factory.mktemp("run") / "out"
-    interpret, _register.INTERPRET = _register.INTERPRET, False
-    try:
+    with on_native_path():
         assert main([*TINY, "--fused", "--out", str(out)]) == 0
-    finally:
-        _register.INTERPRET = interpret
     return out
 
 
@@ -100,7 +79,7 @@ def test_fused_and_plain_runs_of_one_seed_lie_on_each_other(finished: Path, tmp_
 def test_resume_goes_on_bitwise(finished: Path, tmp_path: Path) -> None:
     """A run that ended after each epoch, with records that ran ahead of its checkpoint."""
     out = tmp_path / "out"
-    uninterrupted = weights(finished)
+    uninterrupted = weights_of(finished)
     flags = [*TINY, "--fused", "--out", str(out)]
     main_module = sys.modules["main"]
     save = checkpoint.save
@@ -119,7 +98,7 @@ def test_resume_goes_on_bitwise(finished: Path, tmp_path: Path) -> None:
             main(flags)
     assert len(lines(out / "metrics.jsonl")) == 2  # the second epoch's has no checkpoint
     assert main(flags) == 0
-    assert same(weights(out), uninterrupted)
+    assert same(weights_of(out), uninterrupted)
     strip = {"seconds", "images_per_second", "memory_bytes"}
     for a, b in zip(lines(out / "metrics.jsonl"), lines(finished / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in a.items() if k not in strip} == {
@@ -130,10 +109,10 @@ def test_resume_goes_on_bitwise(finished: Path, tmp_path: Path) -> None:
 def test_resuming_a_finished_run_trains_nothing_more(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = weights(finished), (finished / "metrics.jsonl").read_text()
+    before = weights_of(finished), (finished / "metrics.jsonl").read_text()
     assert main([*TINY, "--fused", "--out", str(finished)]) == 0
     assert "nothing to train" in capsys.readouterr().out
-    assert same(weights(finished), before[0])
+    assert same(weights_of(finished), before[0])
     assert (finished / "metrics.jsonl").read_text() == before[1]
 
 
@@ -164,7 +143,7 @@ def test_half_precision_trains(precision: str, fused: str, tmp_path: Path) -> No
     record = lines(tmp_path / "metrics.jsonl")[-1]
     assert record["loss"] < 3
     assert ("loss_scale" in record) == (precision != "bf16")
-    dtypes = {name: t.dtype for name, t in weights(tmp_path).items()}
+    dtypes = {name: t.dtype for name, t in weights_of(tmp_path).items()}
     pure = torch.float16 if precision == "pure-fp16" else torch.float32
     assert dtypes["stem.weight"] == dtypes["fc.bias"] == pure
     assert dtypes["units.0.bn1.weight"] == dtypes["bn.running_var"] == torch.float32
@@ -248,10 +227,10 @@ def test_another_run_is_not_overwritten_by_a_resume(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*TINY, "--epochs", "1", "--out", str(tmp_path)]) == 0
-    before = weights(tmp_path)
+    before = weights_of(tmp_path)
     resume = ["--resume", str(finished / "checkpoint.pt"), "--out", str(tmp_path)]
     fails([*TINY, *resume], capsys, "holds a run already", "--out")
-    assert same(weights(tmp_path), before)
+    assert same(weights_of(tmp_path), before)
 
 
 def test_images_that_are_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,6 @@
 """meProp's dense epochs: the warm start, and those in between."""
 
 import json
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ import pytest
 import torch
 from config import parse
 from errors import TrainError
-from main import load_data, main
+from main import main
 from records import Progress
 from schedule import meprop_is_dense
+from train.tiny_runs import interrupted, same, tensors_of, trainer_of
 from trainer import Trainer
-from workers import Workers
-
-from fastres.ops import _register
 
 TINY = [
     "--dataset", "synthetic", "--train-size", "48", "--image-size", "8", "--device", "cpu",
@@ -28,25 +24,7 @@ TINY = [
 MEPROP = ["--meprop-ratio", "0.25"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(_register, "INTERPRET", False)
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)  # at this size more of them wait for each other
-    yield
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_num_threads(threads)
-
-
-def trainer_of(flags: list[str]) -> Trainer:
-    config = parse([*TINY, *flags])
-    return Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+pytestmark = pytest.mark.usefixtures("native_path")
 
 
 def epoch_of(trainer: Trainer) -> dict[str, Any]:
@@ -72,8 +50,10 @@ def test_which_epochs_are_dense(warmup_epochs: int, dense_every: int | None, den
 
 def test_a_dense_epoch_is_the_plain_runs_and_a_sparse_one_is_not() -> None:
     """Bitwise, from the same weights."""
-    scheduled = trainer_of([*MEPROP, "--meprop-warmup-epochs", "1", "--meprop-dense-every", "2"])
-    plain, sparse = trainer_of([]), trainer_of(MEPROP)
+    scheduled = trainer_of(
+        [*TINY, *MEPROP, "--meprop-warmup-epochs", "1", "--meprop-dense-every", "2"]
+    )
+    plain, sparse = trainer_of(TINY), trainer_of([*TINY, *MEPROP])
     for dense in (True, False, True, False):
         peer = plain if dense else sparse
         for other in (plain, sparse):
@@ -86,32 +66,21 @@ def test_a_dense_epoch_is_the_plain_runs_and_a_sparse_one_is_not() -> None:
 
 
 def test_a_schedule_resumes_bitwise_after_every_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*TINY, *MEPROP, "--meprop-warmup-epochs", "1", "--meprop-dense-every", "3"]
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
     words = "keeps 0.25 of dy, unified, dense for the first 1 epoch(s), then dense every 3 epochs"
     assert words in capsys.readouterr().out
-    save = checkpoint.save
-
-    def stops(path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["main"].checkpoint, "save", stops)
     for _ in range(4):
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             main([*flags, "--out", str(tmp_path / "parts")])
-    whole, parts = (
-        checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")
-    )
-    assert whole["epoch"] == parts["epoch"] == 4
-    assert all(torch.equal(t, parts["model"][name]) for name, t in whole["model"].items())
-    for key, values in whole["optimizer"]["state"].items():
-        buffer = parts["optimizer"]["state"][key]["momentum_buffer"]
-        assert torch.equal(values["momentum_buffer"], buffer)
-    for name in ("whole", "parts"):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    for out in (whole, parts):
+        assert checkpoint.load(out / "checkpoint.pt")["epoch"] == 4
+    assert same(tensors_of(whole), tensors_of(parts))
+    for out in (whole, parts):
+        lines = (out / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["meprop_dense"] for line in lines] == [True, False, False, True]
 
 

@@ -2,21 +2,15 @@
 
 import copy
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import checkpoint
 import pytest
 import torch
-from config import parse
-from main import load_data, main
+from main import main
 from ops.gradient_lists import ReadsOnTheHost
-from trainer import Trainer
-from workers import Workers
-
-from fastres.ops import _register
+from train.tiny_runs import assert_no_wait_on_a_gpu, interrupted, same, tensors_of, trainer_of
 
 TINY = [
     "--dataset", "synthetic", "--train-size", "48", "--image-size", "8", "--device", "cpu",
@@ -39,27 +33,16 @@ METHODS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_register, "INTERPRET", False)
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = benchmark
+pytestmark = pytest.mark.usefixtures("native_path")
 
 
 def state_of(out: Path) -> dict[str, Any]:
     return checkpoint.load(out / "checkpoint.pt")
 
 
-def trainer_of(flags: list[str]) -> Trainer:
-    config = parse(flags)
-    return Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_and_resumes_bitwise(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An interrupted run draws, scales and selects from where it was, as one that went through."""
     flags = [*TINY, *METHODS[method]]
@@ -71,25 +54,12 @@ def test_a_method_trains_and_resumes_bitwise(
     assert (", unscale" in said) == ("--precision" in flags)
     assert ("sgd_step" in said) == ("--optimizer" not in flags)
 
-    save, module = checkpoint.save, sys.modules["main"]
-
-    def stops(path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.checkpoint, "save", stops)
-        with pytest.raises(KeyboardInterrupt):
-            main([*flags, "--out", str(halved)])
+    with interrupted():
+        main([*flags, "--out", str(halved)])
     assert state_of(halved)["epoch"] == 1
     assert main([*flags, "--out", str(halved)]) == 0
-    a, b = state_of(whole), state_of(halved)
-    for name, t in a["model"].items():
-        assert torch.equal(t, b["model"][name]), name
-    assert a["scaler"] == b["scaler"]
-    for key, values in a["optimizer"]["state"].items():
-        for name, t in values.items():
-            assert torch.equal(t, b["optimizer"]["state"][key][name]), (key, name)
+    assert same(tensors_of(whole), tensors_of(halved))
+    assert state_of(whole)["scaler"] == state_of(halved)["scaler"]
 
 
 def test_methods_change_what_is_learnt(tmp_path: Path) -> None:
@@ -188,18 +158,7 @@ def test_a_step_reads_nothing_on_the_host() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_never_waits_for_a_gpu(method: str) -> None:
-    config = parse([*TINY, *METHODS[method], "--device", "cuda"])
-    device = torch.device("cuda")
-    trainer = Trainer(config, Workers(0, 1, 0, device), load_data(config).to(device))
-    trainer.network.train()
-    index = torch.arange(12, device=device)
-    for step in range(3):
-        trainer.train_step(index, step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer.train_step(index, 3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_wait_on_a_gpu([*TINY, *METHODS[method]])
 
 
 def test_nothing_but_overflows_stops_the_run_in_words(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,12 @@ import checkpoint
 import pytest
 import torch
 import torch.nn.functional as F
-from config import parse
-from main import load_data
 from PIL import Image
 from schedule import lr_factor
 from tolerances import DDP_ABSOLUTE
-from trainer import Trainer
-from workers import Workers
+from train.tiny_runs import trainer_of
 
-from fastres.ops import StepGenerator, _register, shuffle
+from fastres.ops import StepGenerator, shuffle
 
 ROOT = Path(__file__).parents[2]
 # 48 images in batches of 12: four steps an epoch, shared evenly by two or three processes.
@@ -59,19 +55,10 @@ def run(processes: int, flags: list[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.fixture
-def _native_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_register, "INTERPRET", False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def one_process(flags: list[str], shares: int) -> dict[str, Any]:
     """What `shares` processes compute, by one: each share by itself, the gradients averaged."""
-    config = parse(flags)
-    trainer = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+    trainer = trainer_of(flags)
+    config = trainer.config
     model = trainer.model.train()
     statistics = [copy.deepcopy(dict(model.named_buffers())) for _ in range(shares)]
     size = config.batch_size // shares
@@ -114,7 +101,7 @@ def one_process(flags: list[str], shares: int) -> dict[str, Any]:
     [(3, "plain"), (2, "batch"), (2, "row"), (2, "subset, meProp"), (2, "yellowfin")],
 )
 def test_processes_train_what_one_would(
-    processes: int, method: str, tmp_path: Path, _native_path: None
+    processes: int, method: str, tmp_path: Path, native_path: None
 ) -> None:
     flags = [*FLAGS, *METHODS[method], "--epochs", "1", "--out", str(tmp_path)]
     status, out, err = run(processes, flags)
@@ -133,8 +120,7 @@ def test_processes_train_what_one_would(
     assert moved > 100 * DDP_ABSOLUTE  # training moved them by far more than the tolerance
 
     # Every image counted once: one process finds the same accuracies, to the last image.
-    config = parse(flags)
-    alone = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), load_data(config))
+    alone = trainer_of(flags)
     alone.load_state_dict(state)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {name: summary[name] for name in alone.accuracies()} == alone.accuracies()

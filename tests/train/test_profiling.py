@@ -4,23 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import profiling
 import pytest
 import torch
-from config import Config, parse
+from config import Config
 from errors import TrainError
-from main import load_data, main
+from main import main
 from nvtx_log import NvtxLog
 from profiling import Profile
+from train.tiny_runs import same, trainer_of, weights_of
 from trainer import Trainer, unmarked
-from workers import Workers
-
-from fastres.ops import _register
 
 ROOT = Path(__file__).parents[2]
 # 40 images in batches of 16: two steps an epoch, ten in all.
@@ -40,16 +36,13 @@ METHODS = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("native_path")
+
+
 @pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_register, "INTERPRET", False)
+def _nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in profiling._LISTENERS:
         monkeypatch.delenv(name, raising=False)
-    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.fixture
@@ -59,24 +52,10 @@ def nvtx(monkeypatch: pytest.MonkeyPatch) -> NvtxLog:
     return log
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(out / "checkpoint.pt")["model"]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def annotations(path: Path) -> list[dict[str, Any]]:
     """The marked ranges of a trace in Chrome's form."""
     events = json.loads(path.read_text())["traceEvents"]
     return [e for e in events if e["ph"] == "X" and e.get("cat") == "user_annotation"]
-
-
-def make_trainer(device: str = "cpu", *flags: str) -> Trainer:
-    config = parse([*TINY, *flags])
-    place = torch.device(device)
-    return Trainer(config, Workers(0, 1, 0, place), load_data(config).to(place))
 
 
 def steps(trainer: Trainer, count: int) -> None:
@@ -94,7 +73,7 @@ def test_a_profiled_run_goes_on_to_the_same_weights(
     assert not nvtx.calls
     capsys.readouterr()
     assert main([*flags, str(tmp_path / "profiled"), "--profile"]) == 0
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "profiled"))
+    assert same(weights_of(tmp_path / "plain"), weights_of(tmp_path / "profiled"))
     ranges = annotations(tmp_path / "profiled" / "trace.json")
     marked = {name for what, name in nvtx.calls if what == "push"}
     assert marked <= {e["name"] for e in ranges}
@@ -108,7 +87,7 @@ def test_a_profiled_run_goes_on_to_the_same_weights(
 def test_phases_nest_and_change_nothing(method: str, tmp_path: Path, nvtx: NvtxLog) -> None:
     states = []
     for profiled in (False, True):
-        trainer = make_trainer("cpu", *METHODS[method])
+        trainer = trainer_of([*TINY, *METHODS[method]])
         if profiled:
             Profile(trainer, 2, tmp_path, nvtx, lambda line: None, warmup=2)
         steps(trainer, 6)
@@ -140,7 +119,7 @@ def test_phases_nest_and_change_nothing(method: str, tmp_path: Path, nvtx: NvtxL
 
 
 def test_ranges_end_where_a_step_raises(tmp_path: Path, nvtx: NvtxLog) -> None:
-    trainer = make_trainer("cpu")
+    trainer = trainer_of(TINY)
     profile = Profile(trainer, 2, tmp_path, nvtx, print, warmup=1)
     steps(trainer, 2)
 
@@ -166,7 +145,7 @@ def test_ranges_end_where_a_step_raises(tmp_path: Path, nvtx: NvtxLog) -> None:
 def test_the_steady_steps_lie_between_start_and_stop(
     tmp_path: Path, nvtx: NvtxLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer("cpu")
+    trainer = trainer_of(TINY)
     profile = Profile(trainer, 2, tmp_path, nvtx, print, warmup=2)
 
     class Gate:
@@ -200,7 +179,7 @@ def test_on_a_gpu_the_profiler_is_started_and_stopped_around_kernels(
             real()
 
         monkeypatch.setattr(torch.cuda.profiler, what, logged)
-    trainer = make_trainer("cuda", "--fused", "--precision", "fp16")
+    trainer = trainer_of([*TINY, "--fused", "--precision", "fp16"], "cuda")
     profile = Profile(trainer, 2, tmp_path, nvtx, print, warmup=3)
     steps(trainer, 6)
     captures = [call for call in nvtx.calls if call[1] == "capture"]
@@ -220,7 +199,7 @@ def test_a_listener_from_outside_is_left_to_record(
     monkeypatch.setenv(variable, "1")
     monkeypatch.setattr(profiling, "profile", None)  # torch.profiler's, not to be made
     said: list[str] = []
-    trainer = make_trainer("cpu")
+    trainer = trainer_of(TINY)
     Profile(trainer, 1, tmp_path, nvtx, said.append, warmup=1)
     steps(trainer, 3)
     assert ("push", "forward") in nvtx.calls and not nvtx.still_open()
@@ -228,7 +207,7 @@ def test_a_listener_from_outside_is_left_to_record(
 
 
 def test_a_compiled_model_is_marked_from_outside(tmp_path: Path, nvtx: NvtxLog) -> None:
-    trainer = make_trainer("cpu")
+    trainer = trainer_of(TINY)
     trainer.model.compile(backend="eager")
     Profile(trainer, 1, tmp_path, nvtx, lambda line: None, warmup=2)
     steps(trainer, 4)
@@ -241,7 +220,7 @@ def test_a_trace_that_cannot_be_written_does_not_cost_the_run(
 ) -> None:
     (tmp_path / "trace.json").mkdir()
     said: list[str] = []
-    trainer = make_trainer("cpu")
+    trainer = trainer_of(TINY)
     Profile(trainer, 1, tmp_path, nvtx, said.append, warmup=1)
     steps(trainer, 3)
     assert len(said) == 1 and "trace.json: cannot be written" in said[0]

@@ -1,0 +1,84 @@
+"""Runs of the training program inside a test: made, interrupted, and what they leave compared."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import pytest
+import torch
+from config import parse
+from main import load_data
+from torch import Tensor
+from trainer import Trainer
+from workers import Workers
+
+from fastres.ops import _register
+
+
+@contextmanager
+def on_native_path() -> Iterator[None]:
+    """What a CPU without the interpreter runs; and no run's settings left for the next test."""
+    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
+    torch.set_num_threads(1)  # at this size more of them wait for each other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_register, "INTERPRET", False)
+        yield
+    # conftest sets anew what --deterministic changes.
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """The run inside ends as soon as it has saved its first checkpoint."""
+    save = checkpoint.save
+
+    def stops(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", stops)
+        yield
+
+
+def trainer_of(flags: list[str], device: str = "cpu") -> Trainer:
+    config, place = parse([*flags, "--device", device]), torch.device(device)
+    return Trainer(config, Workers(0, 1, 0, place), load_data(config).to(place))
+
+
+def assert_no_wait_on_a_gpu(flags: list[str]) -> None:
+    """Three steps to warm up, and one in which a wait for the GPU is an error."""
+    trainer = trainer_of(flags, "cuda")
+    trainer.network.train()
+    index = torch.arange(12, device="cuda")
+    for step in range(3):
+        trainer.train_step(index, step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(index, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def weights_of(out: Path) -> dict[str, Tensor]:
+    return checkpoint.load(out / "checkpoint.pt")["model"]
+
+
+def tensors_of(out: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights, running statistics, and the optimizer's state."""
+    state = checkpoint.load(out / "checkpoint.pt")
+    optimizer = {
+        f"{name} of {key}": t
+        for key, values in state["optimizer"]["state"].items()
+        for name, t in values.items()
+        if isinstance(t, Tensor)
+    }
+    assert optimizer
+    return state["model"] | optimizer
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
