@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 from _results import FORMAT, save
+from run_main import run_main
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "benchmarks" / "report.py"
@@ -42,8 +44,7 @@ def step(**head: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "--results", str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return run_main(report, "--results", folder, *flags)
 
 
 @pytest.fixture
