@@ -108,15 +108,18 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
     return state
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def describe(
     config: Config, workers: Workers, data: Splits, trainer: Trainer, state: dict[str, Any] | None
 ) -> None:
     """Say what is about to run, so that nothing about it is silent."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     device = workers.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    workers.say(f"device   {name}, {workers.world_size} process(es){threads}")
+    workers.say(f"device   {device_name(device)}, {workers.world_size} process(es){threads}")
     sizes = f"{len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} test"
     workers.say(f"data     {data.name}: {sizes}, {len(data.classes)} classes")
     layout = "channels_last" if config.channels_last else "NCHW"
@@ -208,6 +211,13 @@ def train(config: Config, workers: Workers) -> None:
             )
         say = progress.line if workers.leads else lambda line: None
         Profile(trainer, min(config.profile_steps, steps - WARMUP), out, nvtx, say)
+
+    def save_first() -> None:
+        # What diverges or is killed in its first epoch leaves something to go on from, too.
+        if workers.leads and not (out / checkpoint.NAME).exists():
+            save_checkpoint(config, trainer)
+
+    workers.together(save_first)
     accuracies: records.Record = {}
     training_started = time.perf_counter()
     while trainer.epoch < config.epochs:
@@ -242,8 +252,12 @@ def keep(
     """Write an epoch's record, then the checkpoint: a resume takes back records that run ahead."""
     if workers.leads:
         metrics.add(record)
-        about = {"config": config.as_dict(), "data": identity(trainer.data)}
-        checkpoint.save(config.out_dir / checkpoint.NAME, about | trainer.state_dict())
+        save_checkpoint(config, trainer)
+
+
+def save_checkpoint(config: Config, trainer: Trainer) -> None:
+    about = {"config": config.as_dict(), "data": identity(trainer.data)}
+    checkpoint.save(config.out_dir / checkpoint.NAME, about | trainer.state_dict())
 
 
 def finish(
@@ -271,6 +285,8 @@ def finish(
         "processes": workers.world_size,
         "workers": workers.world_size * config.micro_batches,
         "device": str(workers.device.type),
+        "device_name": device_name(workers.device),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "config": config.as_dict(),
     }

@@ -81,19 +81,15 @@ def test_resume_goes_on_bitwise(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     uninterrupted = weights_of(finished)
     flags = [*TINY, "--fused", "--out", str(out)]
-    main_module = sys.modules["main"]
     save = checkpoint.save
-    saves: list[int] = []
 
-    def stops_once(path: Path, state: dict[str, Any]) -> None:
-        if len(saves) == 1:
-            saves.append(2)
+    def stops(path: Path, state: dict[str, Any]) -> None:
+        if state["epoch"] == 2:
             raise KeyboardInterrupt
-        saves.append(1)
         save(path, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_module.checkpoint, "save", stops_once)
+        patch.setattr(checkpoint, "save", stops)
         with pytest.raises(KeyboardInterrupt):
             main(flags)
     assert len(lines(out / "metrics.jsonl")) == 2  # the second epoch's has no checkpoint
@@ -261,8 +257,12 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(
 ) -> None:
     flags = [*TINY, "--epochs", "5", "--out", str(tmp_path)]
     resume = ["--resume", str(finished / "checkpoint.pt"), "--lr", "1e30"]
-    fails([*flags, *resume], capsys, "diverged", "--lr 1e+30", "epoch 4")
-    assert not (tmp_path / "checkpoint.pt").exists()
+    fails([*flags, *resume], capsys, "diverged", "--lr 1e+30", "epoch 4", "checkpoint is whole")
+    assert same(weights_of(tmp_path), weights_of(finished))
+    # A run that diverges at once keeps what it began with.
+    fails([*TINY, "--out", str(tmp_path / "out"), "--lr", "1e30"], capsys, "diverged", "epoch 1")
+    assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["epoch"] == 0
+    assert main([*TINY, "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
 
 
 def test_a_fused_step_launches_every_kernel(tmp_path: Path) -> None:

@@ -151,14 +151,16 @@ def test_kill_in_the_middle_of_an_epoch_and_resume(tmp_path: Path) -> None:
 
     process = start(3, [*flags, "--out", str(killed)])
     deadline = time.monotonic() + 120
-    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    path = killed / "checkpoint.pt"
+    while not (path.exists() and checkpoint.load(path)["epoch"] > 0):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.2)  # into the second epoch
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert checkpoint.load(killed / "checkpoint.pt")["epoch"] < 3
+    assert checkpoint.load(path)["epoch"] < 3
 
     status, out, err = run(3, [*flags, "--out", str(killed)])
     assert status == 0, err
