@@ -6,12 +6,14 @@ import difflib
 import io
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 from errors import TrainError
+
+T = TypeVar("T")
 
 # --lr where none is given.
 _LR = {"sgd": 0.1, "adam": 1e-3, "yellowfin": 1.0}
@@ -186,12 +188,20 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Config:
         TrainError: a flag, key or value that does not fit, in one line.
         SystemExit: after --help.
     """
+    return parse_as(Config, "main.py", [*_toml_flags(argv), *argv], quiet=quiet)
+
+
+def parse_as(kind: type[T], program: str, argv: Sequence[str], *, quiet: bool = False) -> T:
+    """A dataclass of settings from flags.
+
+    Raises:
+        TrainError: a flag or value that does not fit, in one line.
+        SystemExit: after --help.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Config, prog="main.py", args=[*_toml_flags(argv), *argv], console_outputs=not quiet
-            )
+            return tyro.cli(kind, prog=program, args=argv, console_outputs=not quiet)
     except SystemExit as end:
         if end.code in (0, None):
             raise
@@ -199,6 +209,18 @@ def parse(argv: Sequence[str], *, quiet: bool = False) -> Config:
         lines = [line.strip(" │") for line in said.getvalue().splitlines()]
         text = " ".join(line for line in lines if line and not re.match("[╭╰─]|-----", line))
         raise TrainError(text or "a flag does not fit: see --help") from None
+
+
+def to_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by their names in Config as flags of the command line; None is left out."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            flags += [flag, str(value)]
+    return flags
 
 
 def _toml_flags(argv: Sequence[str]) -> list[str]:
@@ -218,17 +240,11 @@ def _toml_flags(argv: Sequence[str]) -> list[str]:
     except tomllib.TOMLDecodeError as error:
         raise TrainError(f"--config {path}: not TOML: {error}") from error
     names = {field.name for field in dataclasses.fields(Config)} - {"config"}
-    flags: list[str] = []
     for key, value in values.items():
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help for the names"
             raise TrainError(f"--config {path}: unknown key {key!r}; {hint}")
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, int | float | str):
-            flags += [flag, str(value)]
-        else:
+        if not isinstance(value, bool | int | float | str):
             raise TrainError(f"--config {path}: {key} = {value!r}: expected one plain value")
-    return flags
+    return to_flags(values)

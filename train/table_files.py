@@ -1,0 +1,235 @@
+"""What the table's runs came to: means and spreads by row, as CSV and Markdown."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import write_atomically
+from recipes import Recipe
+from table_runs import Run
+
+# What is shown of a run, by its name in the summary; times in minutes, accuracies in %.
+MEASURES = {
+    "minutes": "training_seconds",
+    "train": "train_accuracy",
+    "dev": "dev_accuracy",
+    "test": "test_accuracy",
+}
+# Steps over which YellowFin's learning rate rises.
+_SLOW_START = 200
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row: what its finished runs measured, and why others failed, by seed."""
+
+    recipe: Recipe
+    runs: int
+    summaries: dict[int, dict[str, Any]]
+    failures: dict[int, str]
+
+    def values(self, measure: str) -> list[float]:
+        per = 60 if measure == "minutes" else 1
+        return [summary[MEASURES[measure]] / per for summary in self.summaries.values()]
+
+    def mean(self, measure: str) -> float | None:
+        return statistics.mean(self.values(measure)) if self.summaries else None
+
+    def sd(self, measure: str) -> float | None:
+        """The sample's standard deviation; None of fewer than two."""
+        return statistics.stdev(self.values(measure)) if len(self.summaries) > 1 else None
+
+    @property
+    def workers(self) -> int:
+        return (self.recipe.changes or {}).get("micro_batches", 1)
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether its time is that of several workers in turn."""
+        return any(s["processes"] < s["workers"] for s in self.summaries.values())
+
+    @property
+    def state(self) -> str:
+        if self.recipe.changes is None:
+            return "left open"
+        if len(self.summaries) == self.runs:
+            return "trained"
+        return "failed" if self.failures else "not trained yet"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The table, or what is swept."""
+
+    title: str
+    swept: str
+    notes: list[str]
+    lines: list[Line]
+
+    @classmethod
+    def read(
+        cls, depth: int, quick: bool, sweep: str | None, recipes: list[Recipe], runs: list[Run]
+    ) -> "Sheet":
+        """From what the runs have left in their folders."""
+        lines = []
+        for recipe in recipes:
+            mine = [run for run in runs if run.recipe is recipe]
+            summaries = {run.seed: summary for run in mine if (summary := run.summary())}
+            failures = {run.seed: why for run in mine if (why := run.failure())}
+            lines.append(Line(recipe, len(mine), summaries, failures))
+        config = runs[0].config
+        images = "" if config.train_size is None else f"{config.train_size:,} images, "
+        what = "Table 1" if sweep is None else f"Sweep of {sweep}"
+        title = f"{what}, depth {depth}, {images}{config.epochs} epochs"
+        title += ", quick" if quick else ""
+        return cls(title, (sweep or "").replace("-", " "), _notes(quick, lines, runs), lines)
+
+    def line(self, name: str) -> Line | None:
+        return next((line for line in self.lines if line.recipe.name == name), None)
+
+    def speedup(self, line: Line) -> float | None:
+        """Of the baseline's time over a row's."""
+        base = self.line("baseline")
+        before, after = base and base.mean("minutes"), line.mean("minutes")
+        return before / after if before and after else None
+
+    def markdown(self) -> str:
+        header = ["row", "what", "seeds", "time (min)", "speedup"]
+        header += ["train (%)", "dev (%)", "test (%)"]
+        reported = any(line.recipe.reported for line in self.lines)
+        header += ["report: time (min)", "train (%)", "test (%)"] if reported else []
+        rows = []
+        for line in self.lines:
+            speedup = self.speedup(line)
+            cells = [line.recipe.name, line.recipe.about, _seeds(line)]
+            time, *accuracies = (_cell(line, measure) for measure in MEASURES)
+            cells.append(time + ("†" if line.is_emulated else ""))
+            cells.append("–" if speedup is None else f"{speedup:.2f} ×")
+            cells += accuracies
+            told = line.recipe.reported
+            if reported and told:
+                cells += [f"{told.minutes:.0f}", f"{told.train:.1f}", f"{told.test:.1f}"]
+            elif reported:
+                cells += ["–"] * 3
+            rows.append(cells)
+        text = [f"# {self.title}", "", *_aligned([header, *rows]), ""]
+        return "\n".join([*text, *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
+
+
+def _notes(quick: bool, lines: list[Line], runs: list[Run]) -> list[str]:
+    notes = []
+    if quick:
+        notes.append(
+            "quick: a trial of every row. So few images and steps show that all of it learns, not "
+            "what it is worth; batches are a quarter of those that the rows are named for."
+        )
+    summaries = [s for line in lines for s in line.summaries.values()]
+    machines = sorted({_machine(s) for s in summaries})
+    notes += [f"Trained on {machine}." for machine in machines]
+    if any(s["config"]["precision"] == "bf16" for s in summaries):
+        notes.append("Half precision is bf16 here: this CPU has no fast fp16.")
+    if any(line.is_emulated for line in lines):
+        notes.append(
+            "† workers emulated by micro-batches: fewer processes took them in turn, and the time "
+            "is that of all of them."
+        )
+    yellowfin = next((run.config for run in runs if run.config.optimizer == "yellowfin"), None)
+    if yellowfin is not None and yellowfin.train_size is not None:
+        steps = yellowfin.epochs * (yellowfin.train_size // yellowfin.batch_size)
+        if steps < 10 * _SLOW_START:
+            notes.append(
+                f"YellowFin's learning rate rises over its first {_SLOW_START} steps, and this run "
+                f"has {steps}: it is not done justice."
+            )
+    if any(line.recipe.reported for line in lines):
+        notes.append(
+            "The report's figures are of depth 122, 200 epochs, on GTX 1080 Ti. Time is that of "
+            "training, without evaluation."
+        )
+    for line in lines:
+        notes += [f"Failed: {line.recipe.name}, seed {s}: {w}" for s, w in line.failures.items()]
+    return notes
+
+
+def _machine(summary: dict[str, Any]) -> str:
+    threads = f", {summary['threads']} threads" if summary["device"] == "cpu" else ""
+    return f"{summary['data']}, on {summary['device_name']}{threads}; torch {summary['torch']}"
+
+
+def _seeds(line: Line) -> str:
+    done = len(line.summaries)
+    return "–" if not line.runs else f"{done}" if done == line.runs else f"{done} of {line.runs}"
+
+
+def _cell(line: Line, measure: str) -> str:
+    mean, sd = line.mean(measure), line.sd(measure)
+    if mean is None:
+        return line.state
+    digits = 2 if measure == "minutes" else 1
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """A Markdown table that reads well as it stands."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [lines[0], rule, *lines[1:]]
+
+
+def write_files(sheet: Sheet, out: Path) -> None:
+    """table.md; table.csv, a line a row; runs.csv, a line a run."""
+    means: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    for line in sheet.lines:
+        told = line.recipe.reported
+        about = {"table": sheet.title, "row": line.recipe.name, "workers": line.workers}
+        about |= {"series": line.recipe.series, "x": line.recipe.x} if sheet.swept else {}
+        spread = {
+            f"{measure}_{what}": value
+            for measure in MEASURES
+            for what, value in (("mean", line.mean(measure)), ("sd", line.sd(measure)))
+        }
+        means.append(
+            about
+            | {"state": line.state, "runs": line.runs, "trained": len(line.summaries)}
+            | {"emulated": line.is_emulated, "speedup": sheet.speedup(line)}
+            | spread
+            | {f"report_{m}": getattr(told, m, None) for m in ("minutes", "train", "test")}
+        )
+        for seed in sorted(line.summaries.keys() | line.failures.keys()):
+            summary = line.summaries.get(seed, {})
+            runs.append(
+                about
+                | {"seed": seed, "failure": line.failures.get(seed)}
+                | {key: summary.get(key) for key in _KEPT}
+                | {key: summary.get("config", {}).get(key) for key in _SETTINGS}
+            )
+    _write_csv(out / "table.csv", means)
+    _write_csv(out / "runs.csv", runs)
+    text = sheet.markdown().encode()
+    write_atomically(out / "table.md", lambda file: file.write(text))
+
+
+_KEPT = (
+    "epochs", "training_seconds", "wall_seconds", "train_accuracy", "dev_accuracy",
+    "test_accuracy", "processes", "device_name", "threads", "torch", "data",
+)  # fmt: skip
+_SETTINGS = ("depth", "train_size", "batch_size", "precision", "fused")
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
