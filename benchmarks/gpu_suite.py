@@ -58,7 +58,7 @@ class Part:
 def parts(folder: Path | None) -> dict[str, Part]:
     """In the order of their worth, should the time run out."""
     data = ["--folder", str(folder)] if folder else []
-    some = ["--run", "plain", "fused", "every op"]
+    some = ["--table", "--quick --rows pre_activation fused everything"]
     sweep = ["--sweep", "full"]
     every = {
         "tests": Part("gpu_tests.py", 100),

@@ -126,7 +126,8 @@ def plan(config: TableConfig, chosen: list[Recipe]) -> list[Run]:
             settings = {
                 "depth": config.depth,
                 "epochs": config.epochs,
-                "eval_every": max(1, config.epochs // 20),
+                # A curve of twenty points; of a short run, its end.
+                "eval_every": config.epochs // 20 or config.epochs,
                 "seed": seed,
                 "dataset": config.dataset,
                 "data_dir": config.data_dir,

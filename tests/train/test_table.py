@@ -15,6 +15,7 @@ from recipes import Setting
 from table import TableConfig, main, plan
 from table import recipes as chosen
 from table_runs import Run
+from train.made_up_runs import make_up
 
 FLAGS = [
     "--dataset", "synthetic", "--image-size", "8", "--train-size", "256", "--device", "cpu",
@@ -39,16 +40,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def train(run: Run) -> None:
         trained.append(f"{run.recipe.name} {run.seed}")
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "config.json").write_text(json.dumps(run.config.as_dict()))
-        summary = {
-            "training_seconds": 60.0 if run.config.fused else 120.0 + 12 * run.seed,
-            "train_accuracy": 99.0, "dev_accuracy": 91.0, "test_accuracy": 90.0 + run.seed,
-            "processes": run.processes, "workers": run.processes * run.config.micro_batches,
-            "device": "cpu", "device_name": "CPU", "threads": 2, "torch": "2.15", "data": "photos",
-            "config": run.config.as_dict(),
-        }  # fmt: skip
-        (run.out / "summary.json").write_text(json.dumps(summary))
+        make_up(run)
 
     monkeypatch.setattr(Run, "train", train)
     return trained

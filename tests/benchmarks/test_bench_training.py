@@ -1,0 +1,69 @@
+"""Figures of trainings, of runs that are made up."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from _results import load
+from bench_training import main
+from report import _accuracies
+from table_runs import Run
+from train.made_up_runs import make_up
+
+FLAGS = "--quick --train-size 512 --depth 8 --seeds 0 1 --rows baseline fused"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "--device", "cpu", *flags])
+    return main()
+
+
+def test_each_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def train(run: Run) -> None:
+        trained.append(run.recipe.name)
+        if run.recipe.name == "fused" and run.seed == 1:
+            (run.out).mkdir(parents=True)
+            (run.out / "failure.txt").write_text("the loss of epoch 1 is nan\n")
+        else:
+            make_up(run)
+
+    monkeypatch.setattr(Run, "train", train)
+    path = tmp_path / "figures.json"
+    assert run(monkeypatch, "--table", FLAGS, "--json", str(path), "--go-on") == 1
+    content = load(path)
+    assert content["benchmark"] == "training_table_quick"
+    first, second, *_ = rows = content["rows"]
+    assert [(r["provider"], r["seed"]) for r in rows] == [
+        ("baseline", 0), ("fused", 0), ("baseline", 1), ("fused", 1),
+    ]  # fmt: skip
+    assert first["images_per_second"] == 250 and first["test_accuracy"] == 90
+    assert "--block postact" in first["flags"] and "--fused" in second["flags"]
+    assert "the loss of epoch 1 is nan" in rows[3]["failed"] and "test_accuracy" not in rows[3]
+    said = _accuracies(rows)
+    assert said == "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min"
+    # What is measured is kept; what failed is tried again.
+    trained.clear()
+    assert run(monkeypatch, "--table", FLAGS, "--json", str(path), "--go-on") == 1
+    assert trained == ["fused"]
+
+
+def test_what_a_table_has_trained_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "train", make_up)
+    flags = ["--table", f"{FLAGS} --out {tmp_path / 'table'}"]
+    assert run(monkeypatch, *flags, "--json", str(tmp_path / "a.json")) == 0
+    monkeypatch.setattr(Run, "train", lambda run: pytest.fail("trained again"))
+    assert run(monkeypatch, *flags, "--json", str(tmp_path / "b.json")) == 0
+    assert load(tmp_path / "a.json")["rows"] == load(tmp_path / "b.json")["rows"]
+
+
+def test_flags_of_the_table_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, word in ((["--table", "--rows besst"], "besst"), (["--folder", "no"], "no")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *flags)
+        assert word in capsys.readouterr().err
