@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from fastres.ops import _register
+
 # Derandomised, so that a red run is red again. A deadline would fail whoever shares the machine.
 settings.register_profile(
     "default",
@@ -92,6 +94,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's tensors take the path that they take without the interpreter."""
+    monkeypatch.setattr(_register, "INTERPRET", False)
+
+
+@pytest.fixture(params=["kernels", "native"])
+def path(request: pytest.FixtureRequest, device: str) -> str:
+    """Each path that the tensors may take."""
+    if request.param == "native":
+        if device != "cpu":
+            pytest.skip("on a GPU there is one path")
+        request.getfixturevalue("native")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
