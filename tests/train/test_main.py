@@ -322,7 +322,10 @@ def test_a_gpu_trains_as_the_cpu_does(precision: str, tmp_path: Path) -> None:
 
 
 def test_a_resnet_20_learns_the_synthetic_set(tmp_path: Path) -> None:
-    """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %."""
+    """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %.
+
+    At 16 pixels, where it takes half the time that it takes at 32.
+    """
     flags = ["--dataset", "synthetic", "--device", "cpu", "--fused", "--epochs", "4"]
     flags += ["--image-size", "16", "--batch-size", "64", "--schedule", "cosine"]
     flags += ["--eval-every", "4", "--out", str(tmp_path)]
