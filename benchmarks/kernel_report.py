@@ -73,6 +73,8 @@ def _figures(task: Task) -> Row:
 
 def build_all(todo: Sequence[Task], jobs: int | None) -> list[Row]:
     print(f"{len(todo)} builds, Triton {TRITON}", file=sys.stderr, flush=True)
+    if jobs == 1:
+        return [build(task) for task in todo]
     rows = []
     # Triton's compiler holds threads and locks that a forked child would inherit half way.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

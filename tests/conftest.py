@@ -8,13 +8,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from fastres.ops import _register
 
 # Derandomised, so that a red run is red again. A deadline would fail whoever shares the machine.
 settings.register_profile(
@@ -35,6 +40,34 @@ settings.load_profile("default")
 torch.set_num_threads(
     max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
 )
+
+
+def _remember_builtins() -> None:
+    """Let Triton's interpreter look only once for what it patches, a fifth of its time.
+
+    It searches triton.language for builtins at every launch, and at every call of a jitted function
+    in a kernel. Their names do not change.
+    """
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+    is_builtin = interpreter.tl.core.is_builtin
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        if package not in names:
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if not is_builtin(member):
+                return  # patched already, all of them
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    _remember_builtins()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,6 +94,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's tensors take the path that they take without the interpreter."""
+    monkeypatch.setattr(_register, "INTERPRET", False)
+
+
+@pytest.fixture(params=["kernels", "native"])
+def path(request: pytest.FixtureRequest, device: str) -> str:
+    """Each path that the tensors may take."""
+    if request.param == "native":
+        if device != "cpu":
+            pytest.skip("on a GPU there is one path")
+        request.getfixturevalue("native")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
-"""LossScaler against torch.amp.GradScaler: lockstep, optimizers, recovery, protocol, errors."""
+"""LossScaler against torch.amp.GradScaler: lockstep, optimizers, recovery, clipping."""
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -9,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.gradient_lists import ReadsOnTheHost
+from scaled_steps import backward, parameters, train
 from tolerances import EPS, EPSILONS
 from torch import nn
 
 from fastres.amp import LossScaler
-from fastres.ops import _register
 from fastres.optim import FusedSGD, YellowFin
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -39,46 +37,10 @@ if not hasattr(ON_DEVICE["Adagrad fused"]([torch.ones(1)]), "_step_supports_amp_
     ON_HOST["Adagrad fused"] = ON_DEVICE.pop("Adagrad fused")
 
 
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-def parameters(device: str) -> list[Any]:
-    torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, device=device)) for shape in ((3, 4), (5,))]
-
-
-def backward(scaler: Any, params: list[Any], step: int, overflow: bool = False) -> None:
-    """Gradients of a loss of the parameters, scaled; with an Inf among them on overflow."""
-    torch.manual_seed(step)
-    for p in params:
-        p.grad = None
-    loss = sum((p * torch.randn_like(p)).sum() for p in params)
-    scaler.scale(loss).backward()
-    if overflow:
-        params[-1].grad[1] = torch.inf
-
-
-def train(scaler: Any, optimizer: Any, params: list[Any], pattern: list[bool]) -> list[float]:
-    """The scale after each step; True in the pattern overflows."""
-    scales = []
-    for step, overflow in enumerate(pattern):
-        backward(scaler, params, step, overflow)
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-    return scales
-
-
 @pytest.mark.parametrize("name", [*ON_DEVICE, *ON_HOST])
 @given(pattern=st.lists(st.booleans(), max_size=10), interval=st.integers(1, 4))
 def test_in_lockstep_with_grad_scaler(
-    path: None, device: str, name: str, pattern: list[bool], interval: int
+    path: str, device: str, name: str, pattern: list[bool], interval: int
 ) -> None:
     make = (ON_DEVICE | ON_HOST)[name]
     # GradScaler leaves a momentum uninitialised where torch's fused SGD's first step is skipped.
@@ -98,7 +60,7 @@ def test_in_lockstep_with_grad_scaler(
 
 
 @pytest.mark.parametrize("name", ON_DEVICE)
-def test_the_host_never_waits(path: None, device: str, name: str) -> None:
+def test_the_host_never_waits(path: str, device: str, name: str) -> None:
     params = parameters(device)
     optimizer, scaler = ON_DEVICE[name](params), LossScaler()
     model = nn.BatchNorm1d(3, device=device)
@@ -115,7 +77,7 @@ def test_the_host_never_waits(path: None, device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_HOST)
-def test_others_wait_once_a_step(path: None, device: str, name: str) -> None:
+def test_others_wait_once_a_step(path: str, device: str, name: str) -> None:
     params = parameters(device)
     optimizer, scaler = ON_HOST[name](params), LossScaler()
     backward(scaler, params, 0, overflow=True)
@@ -124,7 +86,7 @@ def test_others_wait_once_a_step(path: None, device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ON_DEVICE, *ON_HOST])
-def test_a_skipped_first_step_leaves_no_trace(path: None, device: str, name: str) -> None:
+def test_a_skipped_first_step_leaves_no_trace(path: str, device: str, name: str) -> None:
     """Afterwards all goes on as if it had never been."""
     make = (ON_DEVICE | ON_HOST)[name]
     results = []
@@ -145,7 +107,7 @@ def test_a_skipped_first_step_leaves_no_trace(path: None, device: str, name: str
         torch.testing.assert_close(p, q, rtol=EPSILONS * EPS, atol=EPSILONS * EPS)
 
 
-def test_recovers_from_a_forced_overflow(path: None, device: str) -> None:
+def test_recovers_from_a_forced_overflow(path: str, device: str) -> None:
     """fp16 overflows at the first scale: it is halved until it does not, and training goes on."""
     p = nn.Parameter(torch.full((4,), 2.0, device=device, dtype=torch.float16))
     optimizer, scaler = FusedSGD([p], lr=0.1), LossScaler(init_scale=2.0**20)
@@ -161,7 +123,7 @@ def test_recovers_from_a_forced_overflow(path: None, device: str) -> None:
     assert float(p.detach()[0]) == pytest.approx(2 * 0.95**7, rel=1e-3)
 
 
-def test_the_scale_has_a_floor_and_skips_are_counted(path: None, device: str) -> None:
+def test_the_scale_has_a_floor_and_skips_are_counted(path: str, device: str) -> None:
     params = parameters(device)
     optimizer, scaler = FusedSGD(params, lr=0.1), LossScaler(init_scale=8.0, min_scale=2.0)
     assert int(scaler.skipped_in_a_row) == 0
@@ -173,7 +135,7 @@ def test_the_scale_has_a_floor_and_skips_are_counted(path: None, device: str) ->
     assert int(scaler.skipped_in_a_row) == 0
 
 
-def test_a_scale_below_the_floor_is_its_own_floor(path: None, device: str) -> None:
+def test_a_scale_below_the_floor_is_its_own_floor(path: str, device: str) -> None:
     params = parameters(device)
     for scaler in (LossScaler(init_scale=0.25), LossScaler()):
         optimizer = FusedSGD(params, lr=0.1)
@@ -185,7 +147,7 @@ def test_a_scale_below_the_floor_is_its_own_floor(path: None, device: str) -> No
             assert scaler.get_scale() == 0.25
 
 
-def test_a_fused_optimizer_that_loads_a_state_and_is_fused_no_more(path: None, device: str) -> None:
+def test_a_fused_optimizer_that_loads_a_state_and_is_fused_no_more(path: str, device: str) -> None:
     """FusedSGD's state leaves it to torch.optim.SGD which of its loops to take."""
     params = parameters(device)
     optimizer, scaler = torch.optim.SGD(params, fused=True, **SGD), LossScaler()
@@ -199,7 +161,7 @@ def test_a_fused_optimizer_that_loads_a_state_and_is_fused_no_more(path: None, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_unscale_measures_and_clips(path: None, device: str, dtype: torch.dtype) -> None:
+def test_unscale_measures_and_clips(path: str, device: str, dtype: torch.dtype) -> None:
     """The norm is clip_grad_norm_'s; clipped gradients are stepped by, half ones in fp32."""
     params: list[Any] = [nn.Parameter(p.detach().to(dtype)) for p in parameters(device)]
     optimizer, scaler = FusedSGD(params, lr=1.0), LossScaler(init_scale=256.0)
@@ -222,7 +184,7 @@ def test_unscale_measures_and_clips(path: None, device: str, dtype: torch.dtype)
         assert all(m.grad is None for m in optimizer.masters())
 
 
-def test_an_expanded_gradient(path: None, device: str) -> None:
+def test_an_expanded_gradient(path: str, device: str) -> None:
     """As x.sum().backward() leaves it to a hook, or DDP: unscaled in a tensor of its own."""
     p = nn.Parameter(torch.zeros(3, 4, device=device))
     for make in (FusedSGD, torch.optim.SGD):
@@ -239,7 +201,7 @@ def test_an_expanded_gradient(path: None, device: str) -> None:
             assert torch.equal(p.detach(), torch.full_like(p, -2.0))
 
 
-def test_several_optimizers(path: None, device: str) -> None:
+def test_several_optimizers(path: str, device: str) -> None:
     """Each skips by its own gradients; one overflow backs the scale off."""
     params = parameters(device)
     optimizers = [FusedSGD(params[:1], lr=0.1), torch.optim.SGD(params[1:], lr=0.1)]
@@ -250,7 +212,7 @@ def test_several_optimizers(path: None, device: str) -> None:
     assert (scaler.get_scale(), int(scaler.skipped_in_a_row)) == (32768.0, 1)
 
 
-def test_grad_scaler_drives_fused_sgd(path: None, device: str) -> None:
+def test_grad_scaler_drives_fused_sgd(path: str, device: str) -> None:
     ours, theirs = parameters(device), parameters(device)
     pattern = [False, True, False, False]
     scales = [
@@ -260,153 +222,6 @@ def test_grad_scaler_drives_fused_sgd(path: None, device: str) -> None:
     assert scales[0] == scales[1]
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=4 * EPSILONS * EPS, atol=4 * EPSILONS * EPS)
-
-
-def test_scale_takes_what_grad_scaler_takes(device: str) -> None:
-    scaler, one = LossScaler(init_scale=4.0), torch.ones((), device=device)
-    assert float(scaler.scale(one)) == 4.0
-    nested = scaler.scale([one, (one, [one])])
-    assert isinstance(nested, list) and isinstance(nested[1], tuple)
-    assert float(nested[1][1][0]) == 4.0
-    assert [float(v) for v in scaler.scale(v for v in (one, one))] == [4.0, 4.0]
-    assert scaler.scale(one.half().expand(2)).dtype == torch.float16
-    with pytest.raises(ValueError, match="a Tensor or an iterable of Tensors, got float"):
-        scaler.scale(1.0)
-
-
-def test_disabled_passes_through(device: str) -> None:
-    scaler, params = LossScaler(enabled=False), parameters(device)
-    optimizer = torch.optim.SGD(params, lr=0.1)
-    loss = params[0].sum()
-    assert scaler.scale(loss) is loss
-    loss.backward()
-    before = params[0].detach().clone()
-    assert scaler.unscale_(optimizer) is None
-    assert scaler.step(optimizer) is None
-    scaler.update()
-    scaler.watch(nn.BatchNorm1d(3))
-    assert torch.equal(params[0], before - 0.1)
-    assert (scaler.is_enabled(), scaler.get_scale(), scaler.state_dict()) == (False, 1.0, {})
-    scaler.load_state_dict({})
-
-
-def test_states_go_from_one_to_the_other(device: str) -> None:
-    params = parameters(device)
-    optimizer, scaler = FusedSGD(params, lr=0.1), LossScaler(growth_interval=7, growth_factor=3.0)
-    train(scaler, optimizer, params, [True, False, False, True, True])
-    state = scaler.state_dict()
-    peer = torch.amp.GradScaler(device)
-    peer.load_state_dict(state)
-    names = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-    assert peer.state_dict() == {name: state[name] for name in names}
-    for late in (False, True):
-        loaded = LossScaler()
-        if late:
-            loaded.scale(torch.zeros((), device=device))
-        loaded.load_state_dict(state)
-        assert loaded.state_dict() == state
-        loaded.load_state_dict(peer.state_dict())
-        assert loaded.state_dict() == state | {"skipped_in_a_row": 0}
-    for duplicate in (copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
-        assert duplicate.state_dict() == state
-        assert train(duplicate, optimizer, params, [False]) == [state["scale"]]
-    with pytest.raises(RuntimeError, match="The source state dict is empty"):
-        scaler.load_state_dict({})
-
-
-def test_getters_and_setters() -> None:
-    scaler = LossScaler(8.0, 3.0, 0.25, 5)
-    got = scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor()
-    assert (*got, scaler.get_growth_interval()) == (8.0, 3.0, 0.25, 5)
-    scaler.set_growth_factor(4.0)
-    scaler.set_backoff_factor(0.5)
-    scaler.set_growth_interval(6)
-    state = scaler.state_dict()
-    assert [state[f"growth_{n}"] for n in ("factor", "interval")] == [4.0, 6]
-    assert state["backoff_factor"] == 0.5
-
-
-def test_a_new_scale(device: str) -> None:
-    scaler, params = LossScaler(), parameters(device)
-    backward(scaler, params, 0)
-    for new in (32.0, 16, torch.tensor([8.0], device=device)):
-        scaler.update(new)
-        assert scaler.get_scale() == float(new)
-    with pytest.raises(AssertionError, match="new_scale should be a float or a 1-element"):
-        scaler.update(torch.ones(2))
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_called_in_the_wrong_order(device: str, fused: bool) -> None:
-    """GradScaler's exceptions and words, and what to do."""
-    params = parameters(device)
-    optimizer: Any = (FusedSGD if fused else torch.optim.SGD)(params, lr=0.1)
-    scaler, peer = LossScaler(), torch.amp.GradScaler(device)
-    for s in (scaler, peer):
-        for call in (lambda s=s: s.step(optimizer), lambda s=s: s.unscale_(optimizer), s.update):
-            with pytest.raises(AssertionError, match="but _scale is None"):
-                call()
-        backward(s, params, 0)
-        with pytest.raises(AssertionError, match="No inf checks were recorded prior to update"):
-            s.update()
-        with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
-            s.step(optimizer, closure=lambda: None)
-        s.unscale_(optimizer)
-        with pytest.raises(RuntimeError, match=r"unscale_\(\) has already been called on this opt"):
-            s.unscale_(optimizer)
-        s.step(optimizer)
-        with pytest.raises(RuntimeError, match=r"step\(\) has already been called since the last"):
-            s.step(optimizer)
-        with pytest.raises(RuntimeError, match=r"unscale_\(\) is being called after step\(\)"):
-            s.unscale_(optimizer)
-        s.update()
-        optimizer.zero_grad()
-        if s is scaler or not fused:
-            with pytest.raises(AssertionError, match="No inf checks were recorded for this opti"):
-                s.step(optimizer)
-    with pytest.raises(AssertionError, match="may only be pickled at the beginning"):
-        backward(scaler, params, 1)
-        scaler.step(optimizer)
-        pickle.dumps(scaler)
-
-
-def test_wrong_input_is_refused_in_words(device: str) -> None:
-    for settings, error, words in (
-        ({"growth_factor": 1.0}, AssertionError, "The growth factor must be > 1.0"),
-        ({"backoff_factor": 1.0}, AssertionError, "The backoff factor must be < 1.0"),
-        ({"backoff_factor": 0.0}, ValueError, "backoff_factor: expected a number above 0, got 0"),
-        ({"init_scale": 0.0}, ValueError, "init_scale: expected a number above 0, got 0.0"),
-        ({"init_scale": float("inf")}, ValueError, "init_scale: expected .* above 0, got inf"),
-        ({"min_scale": -1.0}, ValueError, "min_scale: expected a number above 0, got -1.0"),
-        ({"growth_interval": 0}, ValueError, "growth_interval: expected 1 or more, got 0"),
-        ({"init_scale": "cuda"}, ValueError, "takes no device"),
-    ):
-        with pytest.raises(error, match=words):
-            LossScaler(**settings)
-    scaler = LossScaler()
-    scaler.scale(torch.zeros((), device=device))
-    half = nn.Parameter(torch.ones(3, device=device, dtype=torch.float16))
-    half.grad = torch.ones_like(half)
-    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
-        scaler.step(torch.optim.SGD([half], lr=0.1))
-    embedding = nn.Embedding(5, 2, sparse=True, device=device)
-    scaler.scale(embedding(torch.tensor([1], device=device)).sum()).backward()
-    for make in (FusedSGD, torch.optim.SGD, torch.optim.SparseAdam):
-        optimizer = make(embedding.parameters(), lr=0.1)
-        with pytest.raises(ValueError, match="expected a dense gradient, got torch.sparse_coo"):
-            scaler.step(optimizer)
-    halves = [nn.Parameter(torch.ones(2, device=device).half()) for _ in range(2)]
-    optimizer = FusedSGD(halves, lr=0.1)
-    halves[0].grad = torch.ones_like(halves[0])
-    halves[1].grad = torch.ones_like(halves[1]).to_sparse()
-    with pytest.raises(ValueError, match="expected a dense gradient"):
-        scaler.unscale_(optimizer)
-    assert all(master.grad is None for master in optimizer.masters())
-    elsewhere = [nn.Parameter(torch.ones(2, device=d)) for d in (device, "meta")]
-    for p in elsewhere:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match=f"on one device, got {device}.*, meta: give the param"):
-        scaler.step(torch.optim.SGD(elsewhere, lr=0.1))
 
 
 @pytest.mark.gpu

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres.amp import LossScaler
-from fastres.ops import BatchNormReLU2d, _register
+from fastres.ops import BatchNormReLU2d
 from fastres.optim import FusedSGD
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
 
 
 def network(device: str) -> nn.Module:
@@ -65,7 +56,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_skipped_step_leaves_statistics_and_counters(path: None, device: str, parts: int) -> None:
+def test_a_skipped_step_leaves_statistics_and_counters(path: str, device: str, parts: int) -> None:
     """Bitwise, with gradients accumulated over several forwards too; a taken step keeps them."""
     run, plain = Run(device), Run(device, watched=False)
     assert run.step(0, parts=parts) and plain.step(0, parts=parts)
@@ -83,7 +74,7 @@ def test_a_skipped_step_leaves_statistics_and_counters(path: None, device: str, 
     assert any(not s.isfinite().all() for s in statistics(plain.model).values())
 
 
-def test_evaluation_takes_no_copy(path: None, device: str) -> None:
+def test_evaluation_takes_no_copy(path: str, device: str) -> None:
     """What is loaded between an evaluation and the next step is not undone by a skipped one."""
     run = Run(device)
     run.step(0)
@@ -96,7 +87,7 @@ def test_evaluation_takes_no_copy(path: None, device: str) -> None:
     assert_equal(statistics(run.model), loaded)
 
 
-def test_moved_statistics_are_found_again(path: None, device: str) -> None:
+def test_moved_statistics_are_found_again(path: str, device: str) -> None:
     run = Run(device)
     run.step(0)
     for module in run.model.modules():
@@ -108,7 +99,7 @@ def test_moved_statistics_are_found_again(path: None, device: str) -> None:
     assert_equal(statistics(run.model), before)
 
 
-def test_saves_loads_and_copies_as_ever(path: None, device: str, tmp_path: Any) -> None:
+def test_saves_loads_and_copies_as_ever(path: str, device: str, tmp_path: Any) -> None:
     run = Run(device)
     run.step(0)
     torch.save(run.model.state_dict(), tmp_path / "model.pt")
@@ -149,7 +140,7 @@ def test_a_compiled_model(device: str, backend: str) -> None:
     assert int(inner.get_buffer("1.num_batches_tracked")) == 3
 
 
-def test_pure_fp16_with_fp32_masters(path: None, device: str) -> None:
+def test_pure_fp16_with_fp32_masters(path: str, device: str) -> None:
     """The whole mode: fp16 weights, fp32 BatchNorm, an overflow, recovery, a falling loss."""
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.ops._batch_norm_check import check_batch_norm
 from fastres.ops._register import kernels, register_op, takes_kernels
 from fastres.ops._samples import take_samples
 
@@ -224,7 +225,7 @@ def batch_norm_relu(
             evaluation without running statistics.
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    _check(x, running_mean, running_var, weight, bias, training, residual, index)
+    check_batch_norm(x, running_mean, running_var, weight, bias, training, residual, index)
     if momentum is None:
         raise ValueError(
             "momentum: expected a float, got None: a cumulative average needs a batch counter, "
@@ -312,79 +313,6 @@ def _native(
     return z.relu_() if relu else z
 
 
-# What the per-channel tensors may be, by x's dtype.
-_PARAMETER_DTYPES = {
-    torch.float32: (torch.float32,),
-    torch.float16: (torch.float32, torch.float16),
-    torch.bfloat16: (torch.float32, torch.bfloat16),
-    torch.float64: (torch.float64,),
-}
-
-
-def _check(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    residual: Tensor | None,
-    index: Tensor | None = None,
-) -> None:
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if len(shape) != 4:
-        raise ValueError(f"x: expected [N, C, H, W], got shape {list(shape)}")
-    wanted = _PARAMETER_DTYPES.get(dtype)
-    if wanted is None or (dtype == torch.float64 and takes_kernels(x)):
-        allowed = [torch.float32, torch.float16, torch.bfloat16]
-        if not takes_kernels(x):
-            allowed.append(torch.float64)
-        raise ValueError(f"x: expected one of {allowed} on {device}, got {dtype}")
-    if residual is not None and (
-        residual.shape != shape or residual.dtype != dtype or residual.device != device
-    ):
-        raise ValueError(
-            f"residual: expected x's {list(shape)}, {dtype} on {device}, "
-            f"got {list(residual.shape)}, {residual.dtype} on {residual.device}"
-        )
-    N = shape[0]
-    if index is not None:
-        if residual is not None:
-            raise ValueError("residual and index: expected one of the two at most, got both")
-        if index.dim() != 1 or index.dtype != torch.int64 or index.device != device:
-            raise ValueError(
-                f"index: expected [s] in torch.int64 on {device}, got {list(index.shape)} in "
-                f"{index.dtype} on {index.device}"
-            )
-        N = index.shape[0]
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: expected both or neither, got one")
-    if not training and running_mean is None:
-        raise ValueError("running_mean and running_var: needed where training=False, got None")
-    if training and N * shape[2] * shape[3] == 1:
-        raise ValueError(
-            f"x: expected more than 1 value per channel in training, got shape {[N, *shape[1:]]}"
-        )
-    channels = shape[1:2]
-    for name, v in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if v is None:
-            continue
-        if v.shape != channels or v.device != device:
-            raise ValueError(
-                f"{name}: expected {list(channels)} on {device}, got {list(v.shape)} on {v.device}"
-            )
-        if v.dtype not in wanted:
-            names = " or ".join(str(dtype) for dtype in wanted)
-            raise ValueError(f"{name}: expected {names}, got {v.dtype}")
-        if not v.is_contiguous() and v is not weight and v is not bias:
-            raise ValueError(f"{name}: expected contiguous, got stride {v.stride()}")
-
-
 class BatchNormReLU2d(nn.BatchNorm2d):
     """nn.BatchNorm2d, an optional residual add, and ReLU: same constructor, same state_dict.
 
@@ -405,7 +333,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         updates = self.training and self.track_running_stats and tracks
         mean = self.running_mean if updates or not training else None
         var = self.running_var if updates or not training else None
-        _check(x, mean, var, self.weight, self.bias, training, residual, index)
+        check_batch_norm(x, mean, var, self.weight, self.bias, training, residual, index)
         return _batch_norm_relu(
             x, mean, var, self.num_batches_tracked if updates else None, self.weight, self.bias,
             training, self.momentum, self.eps, residual, relu, index,

@@ -15,26 +15,23 @@ import pytest
 import torch
 from _scaling_group import measure
 from _scaling_worker import Part, Run
+from run_main import run_main
 
 from fastres.models import ResNet
 
-ROOT = Path(__file__).parents[2]
 
-
-def run(*flags: str) -> "subprocess.CompletedProcess[str]":
-    # The interpreter would take minutes over a step.
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "bench_scaling.py"), *flags],
-        env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def run(*flags: object) -> "subprocess.CompletedProcess[str]":
+    with pytest.MonkeyPatch.context() as patch:
+        # In the processes that it starts; they would take minutes over a step.
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        return run_main(bench_scaling, *flags)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
     out = tmp_path_factory.mktemp("scaling") / "scaling.json"
     flags = ["--device", "cpu", "--backend", "gloo", "--small", "--seconds", "0.01"]
-    done = run(*flags, "--processes", "1", "2", "--json", str(out))
+    done = run(*flags, "--processes", "1", "2", "--json", out)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text()), done.stdout, out
 

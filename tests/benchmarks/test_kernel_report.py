@@ -1,7 +1,6 @@
 """What counts as worse, what the baseline must be, and how many warps fit."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,23 +12,15 @@ from _kernel_baseline import BASELINE, COLUMNS, Baseline, key_of, read, regressi
 from _kernel_baseline import write as write_baseline
 from _occupancy import MULTIPROCESSORS, occupancy
 from _results import ResultsError, load
+from run_main import run_main
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "benchmarks" / "kernel_report.py"
 
 BUILD = dict(zip(COLUMNS, (64, 0, 256, 32, 0, 10, 8, 4, 4), strict=True))
 ROW: dict[str, Any] = BUILD | {
     "op": "cast", "kernel": "_cast_fwd_kernel", "dtype": "fp16", "target": "sm_90",
     "variant": "fp32 to fp16, M=8",
 }  # fmt: skip
-
-
-def report(*flags: object) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *map(str, flags)],
-        env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -165,13 +156,26 @@ def test_check_fails_and_update_mends(tmp_path: Path) -> None:
     # What was not chosen stays as it is.
     other = {key: values for key, values in builds.items() if "| sm_80 |" in key}
     write_baseline(path, builds)
-    flags = ("--op", "unscale", "--target", "sm_90", "--baseline", path, "--jobs", 1)
-    done = report(*flags, "--check")
-    assert done.returncode == 1, done.stdout + done.stderr
+    # One process for both, which no test has made one of interpreted kernels.
+    program = (
+        "import os, sys\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks')!r}]\n"
+        "import kernel_report\n"
+        "flags = sys.argv\n"
+        "for what in ('--check', '--update'):\n"
+        "    sys.argv = [*flags, what]\n"
+        "    print('status', what, kernel_report.main())\n"
+    )
+    flags = ["--op", "unscale", "--target", "sm_90", "--baseline", str(path), "--jobs", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=300
+    )
+    said = done.stdout.splitlines()
+    assert "status --check 1" in said and "status --update 0" in said, done.stdout + done.stderr
     assert len(lines := [x for x in done.stderr.splitlines() if x.startswith("worse: ")]) == 2
     assert f"{one}: " in lines[0] and "global loads of 128 bits" in lines[0]
     assert f"{gone}: in the baseline, and nothing launches it" in lines[1]
-    assert report(*flags, "--update").returncode == 0
     after = read(path).builds
     assert gone not in after and after[one] == read(BASELINE).builds[one]
     assert {key: after[key] for key in other} == other
@@ -186,15 +190,10 @@ def test_check_fails_and_update_mends(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_words(
-    flags: list[str], words: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import kernel_report
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kernel_report.py", *flags])
-    try:
-        status = kernel_report.main()
-    except SystemExit as end:  # argparse's way
-        status = int(str(end.code))
-    assert status == 2 and words in capsys.readouterr().err
+    done = run_main(kernel_report, *flags)
+    assert done.returncode == 2 and words in done.stderr

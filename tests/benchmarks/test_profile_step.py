@@ -1,7 +1,6 @@
 """benchmarks/profile_step.py as a person runs it, on a CPU."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import profiling
 import pytest
 import torch
 from nvtx_log import NvtxLog
+from run_main import run_main
 
 from fastres.ops import _register
 
@@ -94,10 +94,7 @@ def test_memory_that_runs_out_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_as_a_program_its_help_holds_the_commands() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "profile_step.py"), "--help"],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    done = run_main(profile_step, "--help")
     for words in (
         "--capture-range=cudaProfilerApi --capture-range-end=stop",
         '--nvtx-include "fastres@forward/',

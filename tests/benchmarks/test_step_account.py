@@ -3,8 +3,6 @@
 import collections
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counts what Triton's interpreter executes"
 )
 
-from _step_count import Traffic, counted  # noqa: E402  # after the line that may skip this file
+import step_account  # noqa: E402  # after the line that may skip this file
+from _step_count import Traffic, counted  # noqa: E402  # as above
+from run_main import run_main  # noqa: E402  # as above
 
 from fastres.ops import batch_norm_relu, cast  # noqa: E402  # as above
 
@@ -97,7 +97,6 @@ def test_a_step_counts_every_launch_that_the_interpreter_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With every method: the counts are those of tests/train/test_main.py."""
-    import step_account
     import triton.runtime.interpreter as interpreter
 
     started: collections.Counter[str] = collections.Counter()
@@ -128,16 +127,8 @@ def test_a_step_counts_every_launch_that_the_interpreter_starts(
     assert (launches["_unscale_fwd_kernel"], launches["_sgd_step_fwd_kernel"]) == (1, 2)
 
 
-def run(*flags: object) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "step_account.py"), *map(str, flags)],
-        env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-
-
 def test_the_program_puts_fused_beside_eager(tmp_path: Path) -> None:
-    done = run("--small", "--json", tmp_path / "step.json")
+    done = run_main(step_account, "--small", "--json", tmp_path / "step.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "step.json").read_text())
     assert content["benchmark"] == "step_account" and content["small"] is True
@@ -158,11 +149,6 @@ def test_the_program_puts_fused_beside_eager(tmp_path: Path) -> None:
     assert "total" in done.stdout.splitlines()[-1]
 
 
-def test_a_depth_that_there_is_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import step_account
-
-    monkeypatch.setattr(sys, "argv", ["step_account.py", "--depth", "9"])
-    assert step_account.main() == 2
-    assert capsys.readouterr().err.startswith("error: --depth 9: expected 6n + 2")
+def test_a_depth_that_there_is_not() -> None:
+    done = run_main(step_account, "--depth", "9")
+    assert done.returncode == 2 and done.stderr.startswith("error: --depth 9: expected 6n + 2")

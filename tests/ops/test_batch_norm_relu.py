@@ -24,27 +24,11 @@ from ops.batch_norm_relu_equality import (
 from tolerances import GRADCHECK_ATOL
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d, _register, batch_norm_relu
+from fastres.ops import BatchNormReLU2d, batch_norm_relu
 from fastres.ops.batch_norm_relu import batch_norm_relu_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NHWC = torch.channels_last
-
-
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take PyTorch's own ops, as they do without Triton's interpreter."""
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str) -> str:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        request.getfixturevalue("native")
-    return str(request.param)
 
 
 @st.composite

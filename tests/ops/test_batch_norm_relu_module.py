@@ -11,7 +11,7 @@ import torch
 from tolerances import COMPILED_ATOL
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d, _register, batch_norm_relu
+from fastres.ops import BatchNormReLU2d, batch_norm_relu
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -22,15 +22,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"affine": False, "track_running_stats": False},
     {"dtype": torch.float16},
 ]
-PATHS = ["kernels", "native"]
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
 
 
 @pytest.fixture
@@ -63,10 +54,9 @@ def _steps(module: nn.Module, dtype: torch.dtype, device: str, relu: bool) -> li
     return seen
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("pair", OPTIONS, ids=str, indirect=True)
 def test_trains_and_evaluates_as_batch_norm_2d(
-    path: None, pair: tuple[nn.BatchNorm2d, nn.BatchNorm2d], device: str
+    path: str, pair: tuple[nn.BatchNorm2d, nn.BatchNorm2d], device: str
 ) -> None:
     """With every constructor option, an empty batch among the others, and the batch counter."""
     ours, peer = pair
@@ -154,11 +144,10 @@ def _compiled_agrees(
             torch.testing.assert_close(got, want, rtol=COMPILED_ATOL, atol=COMPILED_ATOL)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_the_module_compiles_in_one_graph(
-    path: None, training: bool, momentum: float | None, device: str
+    path: str, training: bool, momentum: float | None, device: str
 ) -> None:
     module = BatchNormReLU2d(5, momentum=momentum, device=device).train(training)
     # The second shape makes the compiler trace with symbolic sizes.
@@ -168,8 +157,7 @@ def test_the_module_compiles_in_one_graph(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
-def test_the_function_compiles_in_one_graph(path: None, device: str) -> None:
+def test_the_function_compiles_in_one_graph(path: str, device: str) -> None:
     def f(m: nn.BatchNorm2d, x: Tensor, residual: Tensor) -> Tensor:
         # Inductor's backward is wrong (torch 2.15, for PyTorch's own F.batch_norm alike) where one
         # graph updates running statistics and then evaluates by them: no such thing here.
@@ -180,10 +168,9 @@ def test_the_function_compiles_in_one_graph(path: None, device: str) -> None:
     _compiled_agrees(f, module, (2, 5, 4, 4), backend="inductor", device=device)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_module_exports_with_a_batch_of_any_size(
-    path: None, training: bool, device: str
+    path: str, training: bool, device: str
 ) -> None:
     module = BatchNormReLU2d(5, device=device).train(training)
     x = torch.randn(4, 5, 4, 4, device=device)

@@ -13,17 +13,8 @@ from ops.kernel_mutants import take
 from tolerances import store_error, store_floor
 from torch import Tensor
 
-from fastres.ops import _register, cast
+from fastres.ops import cast
 from fastres.ops.cast import cast_reference
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
 
 
 def check(source: Tensor, dtype: torch.dtype) -> None:
@@ -49,7 +40,7 @@ def check(source: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_equals_the_reference(
-    path: None, device: str, dtype: torch.dtype, target: torch.dtype, data: st.DataObject
+    path: str, device: str, dtype: torch.dtype, target: torch.dtype, data: st.DataObject
 ) -> None:
     shape = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
     v = torch.randn(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
@@ -58,7 +49,7 @@ def test_equals_the_reference(
         check(LAYOUTS[data.draw(st.sampled_from(DENSE))](v.to(device, dtype)), target)
 
 
-def test_rounds_to_nearest(path: None, device: str) -> None:
+def test_rounds_to_nearest(path: str, device: str) -> None:
     """Ties to even, overflow to infinity, underflow to zero, NaN and Inf."""
     one, ulp = 1.0, 2.0**-10
     values = [one + ulp / 2, one + 3 * ulp / 2, one + ulp / 2 + 2**-20, 65519.0, 65520.0, -65520.0]

@@ -22,15 +22,6 @@ DENSE = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-    return str(request.param)
-
-
 # x's shape, weight's shape, and the convolution's other arguments by their names.
 GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "3x3": ((2, 3, 5, 6), (8, 3, 3, 3), {"padding": 1}),

@@ -19,20 +19,6 @@ from fastres.ops._meprop import count_kept
 from fastres.ops.meprop_linear import meprop_linear_reference
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str) -> str:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        request.getfixturevalue("native")
-    return str(request.param)
-
-
 def _tensors(
     shape: tuple[int, ...], out: int, dtype: torch.dtype, device: str, values: str = "grid",
     bias: bool = True, seed: int = 0,

@@ -22,22 +22,12 @@ from ops.meprop_equality import (
 from tolerances import EPS, EPSILONS, sum_epsilons
 from torch import Tensor
 
-from fastres.ops import _register
 from fastres.ops._meprop import select_channels, select_row
 
 SELECTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {
     "row": (select_row, check_row),
     "channels": (select_channels, check_channels),
 }
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-    return str(request.param)
 
 
 def _width(selection: str, shape: tuple[int, ...]) -> int:

@@ -21,15 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NHWC = torch.channels_last
 
 
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-    return str(request.param)
-
-
 def _leaf(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 

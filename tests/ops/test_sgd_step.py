@@ -22,15 +22,6 @@ from torch import Tensor
 from fastres.ops import _register, flat_offsets, sgd_step, unscale
 
 
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     momentum = draw(st.sampled_from([0.0, 0.9, 0.5]))
@@ -49,7 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(data=st.data())
-def test_equals_the_reference(path: None, device: str, data: st.DataObject) -> None:
+def test_equals_the_reference(path: str, device: str, data: st.DataObject) -> None:
     for _ in range(3):
         case = data.draw(cases())
         with small_blocks("sgd_step") if data.draw(st.booleans()) else nullcontext():
@@ -57,7 +48,7 @@ def test_equals_the_reference(path: None, device: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("values", ["nan", "inf", "-inf"])
-def test_nan_and_inf_pass_as_in_pytorch(path: None, device: str, values: str) -> None:
+def test_nan_and_inf_pass_as_in_pytorch(path: str, device: str, values: str) -> None:
     """Nobody looks but found_inf: a step that is not skipped takes what it is given."""
     gradients = [Gradient((7,), values=values), Gradient((20,))]
     check(Case(gradients, weight_decay=0.1, nesterov=True), device)
@@ -75,7 +66,7 @@ def test_blocks_of_their_true_size(device: str, dtype: torch.dtype) -> None:
     check(Case(gradients, weight_decay=0.1, half=torch.float16, grad_scale=8.0), device)
 
 
-def test_a_skipped_step_writes_nothing_at_all(path: None, device: str) -> None:
+def test_a_skipped_step_writes_nothing_at_all(path: str, device: str) -> None:
     """Bitwise, NaN and minus zero and all."""
     for found_inf in (1.0, torch.tensor(1.0)):
         case = Case([Gradient((40,)), Gradient((3,))], half=torch.float16, weight_decay=0.1)
@@ -103,7 +94,7 @@ def test_flat_offsets() -> None:
     assert flat_offsets([1, 16, 0, 17, 3]) == ([0, 16, 32, 32, 64], 80)
 
 
-def test_the_host_never_waits(path: None, device: str) -> None:
+def test_the_host_never_waits(path: str, device: str) -> None:
     case = Case([Gradient((40,)), Gradient((3,), None)], half=torch.float16, lr_on_device=True)
     t = buffers(case, device)
     with ReadsOnTheHost():

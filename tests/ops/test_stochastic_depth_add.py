@@ -32,22 +32,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NHWC = torch.channels_last
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take PyTorch's own ops, as they do without Triton's interpreter."""
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str) -> str:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        request.getfixturevalue("native")
-    return str(request.param)
-
-
 PROBABILITIES = st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0, 1e-12, 1 - 1e-6]) | st.floats(0, 1)
 
 

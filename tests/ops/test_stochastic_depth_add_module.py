@@ -15,16 +15,6 @@ from torch._dynamo.testing import CompileCounter
 from fastres.ops import StepGenerator, StochasticDepthAdd, _register, stochastic_depth_add
 from fastres.ops.stochastic_depth_add import add_subset
 
-PATHS = ["kernels", "native"]
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_module_is_the_function(device: str, mode: Any) -> None:
@@ -56,9 +46,8 @@ def test_copies_draw_alike(device: str, mode: Any) -> None:
         assert torch.equal(other(given["branch"], given["shortcut"]), want)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_in_one_graph_for_all_steps(path: None, mode: Any, device: str) -> None:
+def test_compiles_in_one_graph_for_all_steps(path: str, mode: Any, device: str) -> None:
     """A step is data, as the key is: no recompilation, and the draws of the eager steps."""
     torch._dynamo.reset()
     steps = StepGenerator(3)
@@ -80,9 +69,8 @@ def test_compiles_in_one_graph_for_all_steps(path: None, mode: Any, device: str)
     assert any(not torch.equal(seen[0], y) for y in seen)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_with_inductor(path: None, mode: Any, device: str) -> None:
+def test_compiles_with_inductor(path: str, mode: Any, device: str) -> None:
     torch._dynamo.reset()
     steps = StepGenerator(3)
     module = StochasticDepthAdd(0.5, mode, steps.unit(0.5))
@@ -99,9 +87,8 @@ def test_compiles_with_inductor(path: None, mode: Any, device: str) -> None:
     torch.testing.assert_close(run(compiled, given)["y"], given["branch"] + given["shortcut"])
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_with_pytorchs_default_generator(path: None, mode: Any, device: str) -> None:
+def test_compiles_with_pytorchs_default_generator(path: str, mode: Any, device: str) -> None:
     torch._dynamo.reset()
     given = tensors(Case(shape=(8, 1, 1, 1)), device)
     compiled = torch.compile(StochasticDepthAdd(0.5, mode), fullgraph=True)
@@ -112,9 +99,8 @@ def test_compiles_with_pytorchs_default_generator(path: None, mode: Any, device:
     assert any(not torch.equal(runs[0]["y"], other["y"]) for other in runs)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("mode", ["batch", "row"])
-def test_exports_with_a_batch_of_any_size(path: None, mode: Any, device: str) -> None:
+def test_exports_with_a_batch_of_any_size(path: str, mode: Any, device: str) -> None:
     steps = StepGenerator(3)
     module = StochasticDepthAdd(0.5, mode, steps.unit(0.5))
     x = torch.randn(6, 4, 3, 3, device=device)
@@ -231,9 +217,8 @@ def test_the_registered_op_refuses_a_tensor_that_has_no_kernels(
         torch.ops.fastres.stochastic_depth_add(x, x, _key("cpu"), None, None, 1, 1.0, True, 0)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_after_convolutions_under_autocast(path: None, device: str, dtype: torch.dtype) -> None:
+def test_after_convolutions_under_autocast(path: str, device: str, dtype: torch.dtype) -> None:
     conv, x = nn.Conv2d(3, 3, 3, padding=1, device=device), torch.randn(4, 3, 5, 5, device=device)
     module = StochasticDepthAdd(0.5, generator=StepGenerator(1).unit(0.5))
     with torch.autocast(device, dtype=dtype):

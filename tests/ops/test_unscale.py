@@ -20,24 +20,9 @@ from ops.gradient_lists import (
 from ops.unscale_equality import check
 from torch import Tensor
 
-from fastres.ops import _register, unscale
+from fastres.ops import unscale
 
 MODES = ["in place", "out", "check"]
-
-
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take PyTorch's own ops, as they do without Triton's interpreter."""
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str) -> str:
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        request.getfixturevalue("native")
-    return str(request.param)
 
 
 @pytest.mark.parametrize("mode", MODES)

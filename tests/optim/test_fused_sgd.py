@@ -10,44 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.gradient_lists import ReadsOnTheHost
+from optim.random_steps import SHAPES, parameters, set_grads, squares
 from tolerances import EPS, EPSILONS, store_error, store_floor
 from torch import Tensor, nn
 
-from fastres.ops import _register
 from fastres.optim import FusedSGD
-
-SHAPES = [(4, 3, 3, 3), (8,), (5, 7), (2, 4, 1, 1), (), (0, 3), (33,)]
-
-
-@pytest.fixture(params=["kernels", "native"])
-def path(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path that the tensors may take."""
-    if request.param == "native":
-        if device != "cpu":
-            pytest.skip("on a GPU there is one path")
-        monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-def parameters(device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
-    """One of each shape; the 4-dimensional ones in channels_last, the matrix transposed."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for shape in SHAPES:
-        v = torch.randn(shape, generator=generator).to(device, dtype)
-        if v.dim() == 4:
-            v = v.contiguous(memory_format=torch.channels_last)
-        elif v.dim() == 2 and v.numel() > 0:
-            v = v.T.contiguous().T
-        found.append(nn.Parameter(v))
-    return found
-
-
-def set_grads(params: list[Any], step: int, missing: int | None = None, scale: float = 1.0) -> None:
-    """The same random gradients for any list of these parameters, in strides of their own."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator).to(p.device) * scale
-        p.grad = None if i == missing else grad.to(p.dtype)
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], steps: int) -> None:
@@ -57,7 +24,7 @@ def assert_close(got: list[Tensor], want: list[Tensor], steps: int) -> None:
 
 
 @given(data=st.data())
-def test_steps_as_torch_does(path: None, device: str, data: st.DataObject) -> None:
+def test_steps_as_torch_does(path: str, device: str, data: st.DataObject) -> None:
     momentum = data.draw(st.sampled_from([0.0, 0.9]))
     settings: dict[str, Any] = {
         "lr": data.draw(st.sampled_from([0.1, 1.0])),
@@ -82,7 +49,7 @@ def test_steps_as_torch_does(path: None, device: str, data: st.DataObject) -> No
             assert_close([optimizers[0].state[p]["momentum_buffer"]], [wanted], 4)
 
 
-def test_groups_of_their_own_settings_and_a_schedule(path: None, device: str) -> None:
+def test_groups_of_their_own_settings_and_a_schedule(path: str, device: str) -> None:
     """Groups, one added later, a learning rate that a scheduler changes, one that is a tensor."""
     results: list[list[Any]] = []
     makes: list[Any] = [FusedSGD, torch.optim.SGD]
@@ -102,7 +69,7 @@ def test_groups_of_their_own_settings_and_a_schedule(path: None, device: str) ->
     assert_close(results[0], results[1], 4)
 
 
-def test_trains_a_channels_last_model_as_torch_does(path: None, device: str) -> None:
+def test_trains_a_channels_last_model_as_torch_does(path: str, device: str) -> None:
     def trained(make: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -123,7 +90,7 @@ def test_trains_a_channels_last_model_as_torch_does(path: None, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_parameters_have_fp32_masters(path: None, device: str, dtype: torch.dtype) -> None:
+def test_half_parameters_have_fp32_masters(path: str, device: str, dtype: torch.dtype) -> None:
     """Updates too small for the half parameter add up in its master; parameters are its copy."""
     params = [nn.Parameter(torch.ones(20, device=device, dtype=dtype)), *parameters(device)]
     optimizer = FusedSGD(params, lr=1.0)
@@ -140,7 +107,7 @@ def test_half_parameters_have_fp32_masters(path: None, device: str, dtype: torch
     assert params[0].detach().dtype == dtype
 
 
-def test_what_is_written_into_a_half_parameter_counts(path: None, device: str) -> None:
+def test_what_is_written_into_a_half_parameter_counts(path: str, device: str) -> None:
     p = nn.Parameter(torch.zeros(5, device=device, dtype=torch.float16))
     optimizer = FusedSGD([p], lr=1.0)
     with torch.no_grad():
@@ -151,7 +118,7 @@ def test_what_is_written_into_a_half_parameter_counts(path: None, device: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_an_overflow_skips_bitwise(path: None, device: str, dtype: torch.dtype) -> None:
+def test_an_overflow_skips_bitwise(path: str, device: str, dtype: torch.dtype) -> None:
     params = parameters(device, dtype)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9, weight_decay=0.1)
     set_grads(params, 0)
@@ -174,7 +141,7 @@ def test_an_overflow_skips_bitwise(path: None, device: str, dtype: torch.dtype) 
     assert not torch.equal(params[0], before[0])
 
 
-def test_states_go_from_one_to_the_other(path: None, device: str, tmp_path: Any) -> None:
+def test_states_go_from_one_to_the_other(path: str, device: str, tmp_path: Any) -> None:
     """Two steps by either, then two by the other from its state_dict, saved and loaded."""
     settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
     makes: list[Any] = [FusedSGD, torch.optim.SGD]
@@ -197,7 +164,7 @@ def test_states_go_from_one_to_the_other(path: None, device: str, tmp_path: Any)
         assert_close(end, ends[0], 4)
 
 
-def test_loading_fills_the_buffers_in_place(path: None, device: str) -> None:
+def test_loading_fills_the_buffers_in_place(path: str, device: str) -> None:
     """A captured graph, or a view that somebody holds, goes on with what was loaded."""
     params = parameters(device, torch.float16)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
@@ -222,7 +189,7 @@ def test_loading_fills_the_buffers_in_place(path: None, device: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["model", "optimizer"])
-def test_a_resumed_half_model_goes_on_bitwise(path: None, device: str, first: str) -> None:
+def test_a_resumed_half_model_goes_on_bitwise(path: str, device: str, first: str) -> None:
     """Its weights are the masters' roundings, whichever of the two is loaded first."""
     params = parameters(device, torch.float16)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
@@ -249,7 +216,7 @@ def test_a_resumed_half_model_goes_on_bitwise(path: None, device: str, first: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_their_own_way(
-    path: None, device: str, dtype: torch.dtype, duplicate: Callable[[Any], Any]
+    path: str, device: str, dtype: torch.dtype, duplicate: Callable[[Any], Any]
 ) -> None:
     params = parameters(device, dtype)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
@@ -269,7 +236,7 @@ def test_copies_go_their_own_way(
         assert torch.equal(a, b)
 
 
-def test_zero_grad_and_closures(path: None, device: str) -> None:
+def test_zero_grad_and_closures(path: str, device: str) -> None:
     params = parameters(device)
     optimizer = FusedSGD(params, lr=0.1)
     set_grads(params, 0)
@@ -277,18 +244,12 @@ def test_zero_grad_and_closures(path: None, device: str) -> None:
     assert all(bool((p.grad == 0).all()) for p in params)
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
-
-    def closure() -> Tensor:
-        loss = params[0].square().sum()
-        loss.backward()
-        return loss
-
     before = float(params[0].detach().square().sum())
-    assert float(optimizer.step(closure).detach()) == pytest.approx(before)
+    assert float(optimizer.step(squares(params[0])).detach()) == pytest.approx(before)
     assert float(params[0].detach().square().sum()) < before
 
 
-def test_autograd_notices_a_step(path: None, device: str) -> None:
+def test_autograd_notices_a_step(path: str, device: str) -> None:
     """As after any in-place op: a backward through the old value is an error."""
     p = nn.Parameter(torch.ones(3, device=device))
     optimizer = FusedSGD([p], lr=0.1)
@@ -299,7 +260,7 @@ def test_autograd_notices_a_step(path: None, device: str) -> None:
         loss.backward()
 
 
-def test_moved_parameters_are_noticed(path: None, device: str) -> None:
+def test_moved_parameters_are_noticed(path: str, device: str) -> None:
     model = nn.Linear(3, 2, device=device)
     optimizer = FusedSGD(model.parameters(), lr=0.1)
     model.weight.data = model.weight.data.clone()
@@ -309,7 +270,7 @@ def test_moved_parameters_are_noticed(path: None, device: str) -> None:
         optimizer.step()
 
 
-def test_sparse_gradients_are_refused_in_words(path: None, device: str) -> None:
+def test_sparse_gradients_are_refused_in_words(path: str, device: str) -> None:
     model = nn.Embedding(10, 3, sparse=True, device=device)
     optimizer = FusedSGD(model.parameters(), lr=0.1)
     model(torch.tensor([1, 2], device=device)).sum().backward()

@@ -10,42 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.gradient_lists import ReadsOnTheHost
+from optim.random_steps import SHAPES, parameters, set_grads, squares
 from tolerances import EPS, EPSILONS
 from torch import Tensor, nn
 
 from fastres.amp import LossScaler
-from fastres.ops import _register
 from fastres.optim import YellowFin
 
-SHAPES = [(4, 3, 3, 3), (8,), (5, 7), (2, 4, 1, 1), (), (0, 3), (33,)]
-
-
-@pytest.fixture(autouse=True)
-def _native_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LossScaler's own kernels are tested elsewhere."""
-    monkeypatch.setattr(_register, "INTERPRET", False)
-
-
-def parameters(device: str, seed: int = 0) -> list[Any]:
-    """One of each shape; the 4-dimensional ones in channels_last, the matrix transposed."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for shape in SHAPES:
-        v = torch.randn(shape, generator=generator).to(device)
-        if v.dim() == 4:
-            v = v.contiguous(memory_format=torch.channels_last)
-        elif v.dim() == 2 and v.numel() > 0:
-            v = v.T.contiguous().T
-        found.append(nn.Parameter(v))
-    return found
-
-
-def set_grads(params: list[Any], step: int, missing: int | None = None, scale: float = 1.0) -> None:
-    """The same random gradients for any list of these parameters, in strides of their own."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator).to(p.device) * scale
-        p.grad = None if i == missing else grad
+# LossScaler's own kernels are tested elsewhere.
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def everything(optimizer: YellowFin) -> list[Tensor]:
@@ -281,13 +254,7 @@ def test_copies_go_their_own_way(device: str, duplicate: Callable[[Any], Any]) -
 def test_a_closure_and_autograd(device: str) -> None:
     p = nn.Parameter(torch.ones(3, device=device))
     optimizer = YellowFin([p])
-
-    def closure() -> Tensor:
-        loss = p.square().sum()
-        loss.backward()
-        return loss
-
-    assert float(optimizer.step(closure).detach()) == 3.0
+    assert float(optimizer.step(squares(p)).detach()) == 3.0
     assert float(p.detach().square().sum()) < 3.0
     optimizer.zero_grad()
     loss = p.square().sum()

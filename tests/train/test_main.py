@@ -322,9 +322,13 @@ def test_a_gpu_trains_as_the_cpu_does(precision: str, tmp_path: Path) -> None:
 
 
 def test_a_resnet_20_learns_the_synthetic_set(tmp_path: Path) -> None:
-    """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %."""
-    flags = ["--dataset", "synthetic", "--device", "cpu", "--fused", "--epochs", "3"]
-    flags += ["--schedule", "cosine", "--eval-every", "3", "--out", str(tmp_path)]
+    """Over 90 %, where tests/data/test_synthetic.py keeps a linear classifier under 60 %.
+
+    At 16 pixels, where it takes half the time that it takes at 32.
+    """
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--fused", "--epochs", "4"]
+    flags += ["--image-size", "16", "--batch-size", "64", "--schedule", "cosine"]
+    flags += ["--eval-every", "4", "--out", str(tmp_path)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["OMP_NUM_THREADS"] = "1"  # two threads would wait for a core that another test has
     command = [sys.executable, str(ROOT / "train" / "main.py"), *flags]

@@ -14,7 +14,7 @@ from train.tiny_runs import assert_no_wait_on_a_gpu, interrupted, same, tensors_
 
 TINY = [
     "--dataset", "synthetic", "--train-size", "48", "--image-size", "8", "--device", "cpu",
-    "--depth", "14", "--width", "4", "--batch-size", "12", "--epochs", "2", "--deterministic",
+    "--depth", "8", "--width", "4", "--batch-size", "12", "--epochs", "2", "--deterministic",
     "--fused",
 ]  # fmt: skip
 DROP = ["--drop-prob", "0.5", "--drop-schedule", "uniform", "--drop-mode"]
@@ -98,7 +98,7 @@ def test_another_optimizer_is_refused_on_resume(
 
 def test_the_schedules_of_stochastic_depth() -> None:
     for schedule, wanted in (("uniform", [0.6] * 6), ("linear", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])):
-        flags = ["--drop-prob", "0.6", "--drop-schedule", schedule]
+        flags = ["--depth", "14", "--drop-prob", "0.6", "--drop-schedule", schedule]
         units: Any = trainer_of([*TINY, *flags]).model.units
         assert [unit.drop.p for unit in units] == pytest.approx(wanted)
 

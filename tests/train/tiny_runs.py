@@ -1,5 +1,9 @@
 """Runs of the training program inside a test: made, interrupted, and what they leave compared."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,8 @@ from trainer import Trainer
 from workers import Workers
 
 from fastres.ops import _register
+
+_ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -43,6 +49,19 @@ def interrupted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save", stops)
         yield
+
+
+def run_each(processes: int, runs: list[list[str]]) -> None:
+    """These runs, one after the other, by real processes that are started once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(Path(__file__).parent / "run_each.py")]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(_ROOT), str(_ROOT / "train"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    done = subprocess.run(
+        [*command, json.dumps(runs)], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def trainer_of(flags: list[str], device: str = "cpu") -> Trainer:
