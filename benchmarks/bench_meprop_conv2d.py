@@ -63,7 +63,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor, k: int, mode: str) -> Te
 
 
 def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
-    sizes = [{"N": 128, "C": 64, "H": 8}, {"N": 32, "C": 256, "H": 16}]
+    sizes = [{"N": 128, "C": 16, "H": 32}, {"N": 128, "C": 64, "H": 8}]
+    sizes += [{"N": 32, "C": 256, "H": 16}]
     if small:
         sizes = [{"N": 4, "C": 8, "H": 8}]
     elif sweep == "full":

@@ -6,8 +6,8 @@
 The modes take their steps in turn, so that what slows the machine slows them all. "eager" is the
 plain model in PyTorch's own ops at p = 0; bench_step.py has a whole step's other peers. Steps of
 "batch" differ in the units that they drop: time_ratio and flops_ratio are of means over steps, as a
-run's time is, and beside fastres at p = 0. --sweep stages takes depth 56, batch 128 and p = 0.5;
---sweep full changes one of the three at a time.
+run's time is, and beside fastres at p = 0. --sweep stages takes depths 56 and 110, batch 128 and
+p = 0.5; --sweep full changes one of the three at a time.
 """
 
 import math
@@ -34,12 +34,15 @@ _LEAST_STEPS = 5
 
 def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:
     width = 4 if small else 16
-    settings = [(56, 128, 0.5)]
+    settings = [(56, 128, 0.5), (110, 128, 0.5)]
     if small:
         settings = [(8, 16, 0.5)]
     elif sweep == "full":
-        settings += [(depth, 128, 0.5) for depth in (20, 110)]
-        settings += [(56, N, 0.5) for N in (32, 512, 2048)] + [(56, 128, p) for p in (0.2, 0.8)]
+        settings += (
+            [(20, 128, 0.5)]
+            + [(56, N, 0.5) for N in (32, 512, 2048)]
+            + [(56, 128, p) for p in (0.2, 0.8)]
+        )
     for depth, N, p in settings:
         about = {"dtype": "fp32", "layout": "NHWC", "depth": depth, "width": width, "N": N, "p": p}
         # What three stages of convolutions write, of which a backward needs nearly all.

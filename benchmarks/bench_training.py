@@ -1,11 +1,12 @@
 """Train rows of train/table.py, and keep their accuracies and rates among the results.
 
 python benchmarks/bench_training.py --folder DIR             the quick table of a folder of images
-python benchmarks/bench_training.py --folder DIR --table "--seeds 0 1 2 --out runs/table-20"
-python benchmarks/bench_training.py                          the built-in images
+python benchmarks/bench_training.py --table "--dataset cifar10 --out runs/table-20"
+python benchmarks/bench_training.py                          the quick table of the built-in images
 
 --table takes the flags of train/table.py. Where they name an --out, what that has trained is not
-trained again. A rate is the median over the epochs after the first, which warms up.
+trained again; without one the runs lie beside --json FILE. A rate is the median over the epochs
+after the first, which warms up.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 import records  # noqa: E402  # found by the line above
 from config import parse_as, to_flags  # noqa: E402  # as above
 from errors import TrainError  # noqa: E402  # as above
-from table import TableConfig, check_data, plan, recipes  # noqa: E402  # as above
+from table import TableConfig, asked_for, check, every_row, plan  # noqa: E402  # as above
 from table_runs import Run  # noqa: E402  # as above
 
-_SMALL = ["--quick", "--depth", "8", "--train-size", "256", "--epochs", "1", "--rows", "everything"]
+_SMALL = ["--quick", "--depth", "8", "--train-size", "256", "--epochs", "1"]
 # Of a run's settings, those that say where it lies.
 _WHERE = ("data_dir", "out", "device")
 
@@ -46,18 +47,23 @@ def settings(args: Any) -> TableConfig:
         data = ["--dataset", "folder", "--data-dir", str(args.folder)]
     flags = ["--device", args.device.type, *data]
     flags += args.table if args.table is not None else ["--quick"]
-    return parse_as(TableConfig, "--table", [*flags, *(_SMALL if args.small else [])])
+    config = parse_as(TableConfig, "--table", [*flags, *(_SMALL if args.small else [])])
+    if args.small and config.rows is None:
+        config = dataclasses.replace(config, rows=("everything",), sweep=None)
+    return config
 
 
 def bench(config: TableConfig, sheet: Sheet) -> dict[str, Any]:
     """A row for each run; config: with a folder for them."""
-    runs = plan(config, recipes(config))
-    check_data(runs)
+    runs = plan(config, asked_for(config, every_row(config)), config.all_seeds)
+    check(config, runs)
+    images = config.data_dir.name if config.data_dir else config.dataset
     for run in runs:
         settings = {k: v for k, v in run.settings.items() if k not in _WHERE}
         about = {
             "provider": run.recipe.name,
             "seed": run.seed,
+            "images": images,
             "processes": run.processes,
             "flags": shlex.join(to_flags(settings)),
         }
@@ -69,11 +75,10 @@ def bench(config: TableConfig, sheet: Sheet) -> dict[str, Any]:
 
 def figures(run: Run) -> Row:
     """Train, unless that has been done, and read what the run wrote."""
-    if run.summary() is None:
-        run.train()
-    summary, failure = run.summary(), run.failure()
+    failure = run.train() if run.summary() is None else None
+    summary = run.summary()
     if summary is None:
-        raise RuntimeError(failure or "the run has written no summary")
+        raise RuntimeError(failure)
     epochs = [json.loads(line) for line in (run.out / records.METRICS).open()]
     rates = [epoch["images_per_second"] for epoch in epochs[1:] or epochs]
     kept = ("data", "epochs", "train_accuracy", "dev_accuracy", "test_accuracy", "workers")
@@ -90,8 +95,8 @@ def figures(run: Run) -> Row:
 
 
 def benchmark(config: TableConfig) -> str:
-    """The kind of results: a sweep's, the table's, or a quick trial's of either."""
-    name = f"training_{config.sweep or 'table'}{'_quick' * config.quick}"
+    """The kind of results: a sweep's or the table's, its depth, and whether it is a trial."""
+    name = f"training_{config.sweep or 'table'}_{config.depth}{'_quick' * config.quick}"
     return name.replace("-", "_")
 
 
@@ -106,7 +111,8 @@ def main() -> int:
         config = settings(args)
         sheet = Sheet.open(benchmark(config), args)
         with tempfile.TemporaryDirectory() as scratch:
-            out = config.out or Path(scratch)
+            beside = args.json.parent / f"{args.json.stem}-runs" if args.json else Path(scratch)
+            out = config.out or beside
             found = bench(dataclasses.replace(config, out=out), sheet)
     except TrainError as error:
         p.error(str(error))

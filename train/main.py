@@ -278,6 +278,7 @@ def finish(
     training = sum(record["seconds"] for record in metrics.records)
     summary = {
         "data": data.name,
+        "train_images": len(data.train),
         "epochs": epochs,
         **accuracies,
         "training_seconds": training,

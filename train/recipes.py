@@ -1,7 +1,7 @@
 """What the rows of Table 1 and the points of the sweeps train: a named function a row.
 
-A row gives the settings of train/main.py that it changes, the workers it stands for as
-micro_batches in one process; train/table.py spreads them over the GPUs that there are.
+A row gives the settings of train/main.py that it changes. Its micro_batches are its workers:
+train/table.py spreads them over the GPUs that there are.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row. Without changes it is left open.
+    """One row; where changes is None, it is left open.
 
     A sweep's has a place in a plot: x, on the line of its series, or on every line without one.
     """
@@ -120,8 +120,9 @@ def yellowfin(run: Setting) -> Changes:
 
 
 def meprop(run: Setting) -> Changes:
-    """Fused, backward over half of the channels after a tenth of the epochs."""
-    return fused(run) | {"meprop_ratio": 0.5, "meprop_warmup_epochs": run.epochs // 10}
+    """Fused, backward over half of the channels after dense epochs, a tenth of all or one."""
+    dense = min(max(1, run.epochs // 10), run.epochs - 1)
+    return fused(run) | {"meprop_ratio": 0.5, "meprop_warmup_epochs": dense}
 
 
 def boostresnet(run: Setting) -> None:
@@ -155,7 +156,7 @@ REPORTED: dict[Row, Reported] = {
 }
 
 
-def table(run: Setting) -> list[Recipe]:
+def table_rows(run: Setting) -> list[Recipe]:
     """The rows of Table 1."""
     return [
         Recipe(row.__name__, _about(row), row(run), reported=REPORTED.get(row)) for row in TABLE
@@ -189,7 +190,7 @@ def survival(run: Setting) -> list[Recipe]:
         Recipe(
             f"survival_{schedule}_{keep}",
             f"Fused, branches survive at {keep} %, {schedule}",
-            fused(run) | {"drop_prob": 1 - keep / 100, "drop_schedule": schedule},
+            fused(run) | {"drop_prob": (100 - keep) / 100, "drop_schedule": schedule},
             series=schedule,
             x=keep / 100,
         )
@@ -199,7 +200,10 @@ def survival(run: Setting) -> list[Recipe]:
 
 
 def meprop_ratio(run: Setting) -> list[Recipe]:
-    """Share of the channels that meProp keeps, by width; 1 is dense."""
+    """Share of the channels that meProp keeps, by width; 1 is dense.
+
+    What its backward takes alone is measured by benchmarks/bench_meprop_conv2d.py.
+    """
     return [
         Recipe(
             f"meprop_{width}_{share}",

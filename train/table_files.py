@@ -19,7 +19,7 @@ MEASURES = {
     "dev": "dev_accuracy",
     "test": "test_accuracy",
 }
-# Steps over which YellowFin's learning rate rises.
+# Steps over which YellowFin's learning rate rises: 10 windows of 20 gradients, its defaults.
 _SLOW_START = 200
 
 
@@ -53,6 +53,12 @@ class Line:
         return any(s["processes"] < s["workers"] for s in self.summaries.values())
 
     @property
+    def machine(self) -> str | None:
+        """What all of its runs were trained on, and with; None of several."""
+        machines = {_machine(summary) for summary in self.summaries.values()}
+        return machines.pop() if len(machines) == 1 else None
+
+    @property
     def state(self) -> str:
         if self.recipe.changes is None:
             return "left open"
@@ -62,7 +68,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """The table, or what is swept."""
 
     title: str
@@ -73,7 +79,7 @@ class Sheet:
     @classmethod
     def read(
         cls, depth: int, quick: bool, sweep: str | None, recipes: list[Recipe], runs: list[Run]
-    ) -> "Sheet":
+    ) -> "Table":
         """From what the runs have left in their folders."""
         lines = []
         for recipe in recipes:
@@ -86,15 +92,17 @@ class Sheet:
         what = "Table 1" if sweep is None else f"Sweep of {sweep}"
         title = f"{what}, depth {depth}, {images}{config.epochs} epochs"
         title += ", quick" if quick else ""
-        return cls(title, (sweep or "").replace("-", " "), _notes(quick, lines, runs), lines)
+        return cls(title, (sweep or "").replace("-", " "), _notes(quick, lines), lines)
 
     def line(self, name: str) -> Line | None:
         return next((line for line in self.lines if line.recipe.name == name), None)
 
     def speedup(self, line: Line) -> float | None:
-        """Of the baseline's time over a row's."""
+        """Of the baseline's time over a row's; None where they are of different machines."""
         base = self.line("baseline")
-        before, after = base and base.mean("minutes"), line.mean("minutes")
+        if base is None or base.machine is None or base.machine != line.machine:
+            return None
+        before, after = base.mean("minutes"), line.mean("minutes")
         return before / after if before and after else None
 
     def markdown(self) -> str:
@@ -120,36 +128,41 @@ class Sheet:
         return "\n".join([*text, *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
 
 
-def _notes(quick: bool, lines: list[Line], runs: list[Run]) -> list[str]:
+def _notes(quick: bool, lines: list[Line]) -> list[str]:
     notes = []
     if quick:
         notes.append(
             "quick: a trial of every row. So few images and steps show that all of it learns, not "
             "what it is worth; batches are a quarter of those that the rows are named for."
         )
+    of: dict[str, list[str]] = {}
+    for line in lines:
+        for machine in sorted({_machine(summary) for summary in line.summaries.values()}):
+            of.setdefault(machine, []).append(line.recipe.name)
+    for machine, names in of.items():
+        notes.append(f"Trained on {machine}" + (f": {', '.join(names)}." if len(of) > 1 else "."))
+    if len(of) > 1:
+        notes.append("Times on different machines are not compared: those rows have no speedup.")
     summaries = [s for line in lines for s in line.summaries.values()]
-    machines = sorted({_machine(s) for s in summaries})
-    notes += [f"Trained on {machine}." for machine in machines]
     if any(s["config"]["precision"] == "bf16" for s in summaries):
-        notes.append("Half precision is bf16 here: this CPU has no fast fp16.")
+        notes.append("Half precision is bf16 here.")
     if any(line.is_emulated for line in lines):
         notes.append(
             "† workers emulated by micro-batches: fewer processes took them in turn, and the time "
             "is that of all of them."
         )
-    yellowfin = next((run.config for run in runs if run.config.optimizer == "yellowfin"), None)
-    if yellowfin is not None and yellowfin.train_size is not None:
-        steps = yellowfin.epochs * (yellowfin.train_size // yellowfin.batch_size)
-        if steps < 10 * _SLOW_START:
+    for summary in summaries:
+        config = summary["config"]
+        steps = config["epochs"] * (summary["train_images"] // config["batch_size"])
+        if config["optimizer"] == "yellowfin" and steps < 10 * _SLOW_START:
             notes.append(
-                f"YellowFin's learning rate rises over its first {_SLOW_START} steps, and this run "
-                f"has {steps}: it is not done justice."
+                f"YellowFin's learning rate rises over its first {_SLOW_START} steps, more than a "
+                f"tenth of the {steps} that this run has: it is not done justice."
             )
+            break
     if any(line.recipe.reported for line in lines):
-        notes.append(
-            "The report's figures are of depth 122, 200 epochs, on GTX 1080 Ti. Time is that of "
-            "training, without evaluation."
-        )
+        notes.append("The report's figures are of depth 122, 200 epochs, on GTX 1080 Ti.")
+    notes.append("Time is that of the training steps, without evaluation.")
     for line in lines:
         notes += [f"Failed: {line.recipe.name}, seed {s}: {w}" for s, w in line.failures.items()]
     return notes
@@ -184,14 +197,14 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def write_files(sheet: Sheet, out: Path) -> None:
+def write_files(table: Table, out: Path) -> None:
     """table.md; table.csv, a line a row; runs.csv, a line a run."""
     means: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
-    for line in sheet.lines:
+    for line in table.lines:
         told = line.recipe.reported
-        about = {"table": sheet.title, "row": line.recipe.name, "workers": line.workers}
-        about |= {"series": line.recipe.series, "x": line.recipe.x} if sheet.swept else {}
+        about = {"table": table.title, "row": line.recipe.name, "workers": line.workers}
+        about |= {"series": line.recipe.series, "x": line.recipe.x} if table.swept else {}
         spread = {
             f"{measure}_{what}": value
             for measure in MEASURES
@@ -200,7 +213,7 @@ def write_files(sheet: Sheet, out: Path) -> None:
         means.append(
             about
             | {"state": line.state, "runs": line.runs, "trained": len(line.summaries)}
-            | {"emulated": line.is_emulated, "speedup": sheet.speedup(line)}
+            | {"emulated": line.is_emulated, "speedup": table.speedup(line)}
             | spread
             | {f"report_{m}": getattr(told, m, None) for m in ("minutes", "train", "test")}
         )
@@ -214,7 +227,7 @@ def write_files(sheet: Sheet, out: Path) -> None:
             )
     _write_csv(out / "table.csv", means)
     _write_csv(out / "runs.csv", runs)
-    text = sheet.markdown().encode()
+    text = table.markdown().encode()
     write_atomically(out / "table.md", lambda file: file.write(text))
 
 

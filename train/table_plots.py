@@ -12,34 +12,37 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from recipes import STACK
-from table_files import Line, Sheet
+from table_files import Line, Table
 
 _LOOKS = {"train": "tab:blue", "dev": "tab:green", "test": "tab:orange"}
 
 
-def draw_plots(sheet: Sheet, out: Path) -> None:
-    """SVG files in out, of what has been trained so far."""
-    trained = [line for line in sheet.lines if line.summaries]
-    if not trained:
-        return
-    if sheet.swept:
-        _save(out / "sweep.svg", sheet, lambda figure: sweep(figure, trained, sheet.swept))
-        return
-    _save(out / "table.svg", sheet, lambda figure: rows(figure, trained))
-    steps = {
-        name: line
-        for row, name in STACK.items()
-        if (line := sheet.line(row.__name__)) and line.summaries
+def draw_plots(table: Table, out: Path) -> None:
+    """SVG files in out, of what has been trained so far; those of less than that go."""
+    trained = [line for line in table.lines if line.summaries]
+    stack = [table.line(row.__name__) for row in STACK]
+    steps = {name: line for name, line in zip(STACK.values(), stack, strict=True) if line}
+    # Differences of times mean something on one machine, and when all are there.
+    machines = {line.machine for line in steps.values() if line.summaries}
+    whole = all(line and line.summaries for line in stack)
+    whole = whole and len(machines) == 1 and None not in machines
+    plots: dict[str, Callable[[Figure], None] | None] = {
+        "sweep.svg": (lambda f: sweep(f, trained, table.swept)) if table.swept else None,
+        "table.svg": None if table.swept else lambda f: rows(f, trained),
+        "waterfall.svg": (lambda f: waterfall(f, steps)) if whole else None,
     }
-    if len(steps) == len(STACK):
-        _save(out / "waterfall.svg", sheet, lambda figure: waterfall(figure, steps))
+    for name, draw in plots.items():
+        if draw is not None and trained:
+            _save(out / name, table, draw)
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
-def _save(path: Path, sheet: Sheet, draw: Callable[[Figure], None]) -> None:
+def _save(path: Path, table: Table, draw: Callable[[Figure], None]) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
-    figure.suptitle(sheet.title, fontsize=10)
+    figure.suptitle(table.title, fontsize=10)
     # Nothing of when or by whom: a plot of the same figures is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "fastres"}):
         write_atomically(

@@ -92,6 +92,25 @@ def build_model(config: Config, num_classes: int) -> ResNet:
         )
 
 
+def check_fits(config: Config, data: Splits) -> None:
+    """See that there is a step to take.
+
+    Raises:
+        TrainError: the batch exceeds the training set, or the images are too small.
+    """
+    if config.batch_size > len(data.train):
+        raise TrainError(
+            f"--batch-size {config.batch_size}: more than the {len(data.train)} training "
+            "images; choose a smaller one"
+        )
+    side = min(data.train.images.shape[2:])
+    if side < _SMALLEST_SIDE:
+        raise TrainError(
+            f"{data.name}: images of {side} pixels a side are too small for this model; pass "
+            f"--image-size {_SMALLEST_SIDE} or more"
+        )
+
+
 def to_half(model: nn.Module) -> None:
     """fp16 weights, but for BatchNorm, whose fp32 parameters and statistics cost nothing."""
     for module in model.modules():
@@ -129,18 +148,8 @@ class Trainer:
         Raises:
             TrainError: the batch exceeds the training set, or the images are too small.
         """
+        check_fits(config, data)
         self.steps_per_epoch = len(data.train) // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise TrainError(
-                f"--batch-size {config.batch_size}: more than the {len(data.train)} training "
-                "images; choose a smaller one"
-            )
-        side = min(data.train.images.shape[2:])
-        if side < _SMALLEST_SIDE:
-            raise TrainError(
-                f"{data.name}: images of {side} pixels a side are too small for this model; pass "
-                f"--image-size {_SMALLEST_SIDE} or more"
-            )
         self.config, self.workers, self.data = config, workers, data
         # Entered around "step", and within it "data", "forward", "loss", "backward" and "update".
         self.phase: Callable[[str], contextlib.AbstractContextManager[Any]] = unmarked

@@ -25,6 +25,21 @@ def usable_cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def count_gpus(device: str) -> int:
+    """GPUs to compute on; 0 stands for the CPU. device: "auto", "cpu" or "cuda".
+
+    Raises:
+        TrainError: "cuda", and there is none.
+    """
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device == "cuda" and gpus == 0:
+        raise TrainError(
+            "--device cuda: PyTorch finds no GPU here; pass --device cpu, or check the driver "
+            "and that torch is a GPU build"
+        )
+    return gpus
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process among the others, and the device that it computes on."""
@@ -44,13 +59,8 @@ class Workers:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        gpus = torch.cuda.device_count()
-        if device == "cuda" and gpus == 0:
-            raise TrainError(
-                "--device cuda: PyTorch finds no GPU here; pass --device cpu, or check the driver "
-                "and that torch is a GPU build"
-            )
-        if device == "cpu" or gpus == 0:
+        gpus = count_gpus(device)
+        if gpus == 0:
             target = torch.device("cpu")
             # torchrun gives each process a single thread; the machine may have more to share out.
             if os.environ.get("OMP_NUM_THREADS", "1") == "1" and world_size > 1:

@@ -21,19 +21,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
 def test_each_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
 
-    def train(run: Run) -> None:
+    def train(run: Run) -> str | None:
         trained.append(run.recipe.name)
         if run.recipe.name == "fused" and run.seed == 1:
-            (run.out).mkdir(parents=True)
-            (run.out / "failure.txt").write_text("the loss of epoch 1 is nan\n")
-        else:
-            make_up(run)
+            return "the loss of epoch 1 is nan"
+        make_up(run)
+        return None
 
     monkeypatch.setattr(Run, "train", train)
     path = tmp_path / "figures.json"
     assert run(monkeypatch, "--table", FLAGS, "--json", str(path), "--go-on") == 1
     content = load(path)
-    assert content["benchmark"] == "training_table_quick"
+    assert content["benchmark"] == "training_table_8_quick"
     first, second, *_ = rows = content["rows"]
     assert [(r["provider"], r["seed"]) for r in rows] == [
         ("baseline", 0), ("fused", 0), ("baseline", 1), ("fused", 1),
@@ -41,8 +40,11 @@ def test_each_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert first["images_per_second"] == 250 and first["test_accuracy"] == 90
     assert "--block postact" in first["flags"] and "--fused" in second["flags"]
     assert "the loss of epoch 1 is nan" in rows[3]["failed"] and "test_accuracy" not in rows[3]
-    said = _accuracies(rows)
-    assert said == "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min"
+    said = _accuracies(epochs=4, train_size=512)(rows)
+    assert said == (
+        "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min (1 of 2 seeds)"
+    )
+    assert _accuracies(epochs=200)(rows[:3]) is None
     # What is measured is kept; what failed is tried again.
     trained.clear()
     assert run(monkeypatch, "--table", FLAGS, "--json", str(path), "--go-on") == 1
@@ -63,7 +65,11 @@ def test_what_a_table_has_trained_is_not_trained_again(
 def test_flags_of_the_table_that_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flags, word in ((["--table", "--rows besst"], "besst"), (["--folder", "no"], "no")):
+    for flags, word in (
+        (["--table", "--rows besst"], "besst"),
+        (["--table", "--rows boostresnet"], "left open"),
+        (["--folder", "no"], "no"),
+    ):
         with pytest.raises(SystemExit):
             run(monkeypatch, *flags)
         assert word in capsys.readouterr().err

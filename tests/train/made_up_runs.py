@@ -1,12 +1,13 @@
 """What a run of the table leaves in its folder, without the training."""
 
 import json
+from typing import IO
 
 import records
 from table_runs import Run
 
 
-def make_up(run: Run) -> None:
+def make_up(run: Run, lock: IO[str] | None = None) -> None:
     """A minute where it is fused, else two and 12 seconds more for each seed; 90 % and the seed."""
     seconds = 60.0 if run.config.fused else 120.0 + 12 * run.seed
     summary = {
@@ -14,6 +15,7 @@ def make_up(run: Run) -> None:
         "train_accuracy": 99.0, "dev_accuracy": 91.0, "test_accuracy": 90.0 + run.seed,
         "processes": run.processes, "workers": run.processes * run.config.micro_batches,
         "device": "cpu", "device_name": "CPU", "threads": 2, "torch": "2.15", "data": "photos",
+        "train_images": run.config.train_size or 50_000,
         "config": run.config.as_dict(),
     }  # fmt: skip
     epochs = [{"epoch": i, "loss": 1 / i, "images_per_second": 100.0 * i} for i in (1, 2, 3)]

@@ -19,7 +19,10 @@ def changes_of(recipe: Recipe) -> Changes:
 
 @pytest.mark.parametrize("setting", [FULL, QUICK], ids=["full", "quick"])
 def test_every_row_is_a_run_of_the_training_program(setting: Setting) -> None:
-    found = [*recipes.table(setting), *(r for sweep in SWEEPS.values() for r in sweep(setting))]
+    found = [
+        *recipes.table_rows(setting),
+        *(r for sweep in SWEEPS.values() for r in sweep(setting)),
+    ]
     assert len({recipe.name for recipe in found}) == len(found)
     for recipe in found:
         if recipe.changes is None:
@@ -42,7 +45,7 @@ def test_settings_become_flags() -> None:
 
 
 def test_the_reports_rows_are_the_reports() -> None:
-    rows = {recipe.name: recipe for recipe in recipes.table(FULL)}
+    rows = {recipe.name: recipe for recipe in recipes.table_rows(FULL)}
     reported = [recipe.name for recipe in rows.values() if recipe.reported]
     assert reported == [
         "baseline", "half_precision", "pre_activation", "four_workers", "stochastic_depth", "best",
@@ -62,7 +65,7 @@ def test_the_reports_rows_are_the_reports() -> None:
 
 
 def test_all_that_stacks_is_the_best_file_on_four_workers() -> None:
-    everything = next(r for r in recipes.table(FULL) if r.name == "everything")
+    everything = next(r for r in recipes.table_rows(FULL) if r.name == "everything")
     flags = to_flags(changes_of(everything))
     best = parse(["--config", str(BEST), "--micro-batches", "4"])
     assert parse(["--config", str(BEST), *flags]) == best
@@ -83,7 +86,7 @@ def test_the_stack_adds_one_thing_after_another() -> None:
 
 
 def test_a_quick_run_takes_a_quarter_of_each_batch() -> None:
-    for full, quick in zip(recipes.table(FULL), recipes.table(QUICK), strict=True):
+    for full, quick in zip(recipes.table_rows(FULL), recipes.table_rows(QUICK), strict=True):
         if full.changes is not None and quick.changes is not None:
             assert quick.changes["batch_size"] * 4 == full.changes["batch_size"]
             # Shared by four workers, with a few images each.

@@ -1,7 +1,9 @@
 """train/table.py: real runs of a few rows, and everything around them with runs made up."""
 
 import csv
+import fcntl
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ import torch
 from config import Config
 from errors import TrainError
 from recipes import Setting
-from table import TableConfig, main, plan
-from table import recipes as chosen
-from table_runs import Run
+from table import TableConfig, asked_for, every_row, main, plan
+from table_runs import Run, reason
 from train.made_up_runs import make_up
 
 FLAGS = [
@@ -38,7 +39,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs whose figures are made up; the names of those that were trained."""
     trained: list[str] = []
 
-    def train(run: Run) -> None:
+    def train(run: Run, lock: object) -> None:
         trained.append(f"{run.recipe.name} {run.seed}")
         make_up(run)
 
@@ -69,15 +70,12 @@ def test_a_failing_row_is_reported_and_stops_no_other(
     assert summary["config"]["precision"] == "bf16" and summary["config"]["batch_size"] == 256
     assert "quick" in text and "bf16" in text and "†" in text
     assert "diverged" in (out / "diverging" / "seed-0" / "log.txt").read_text()
-    # What has no run yet has no figure in a plot either.
-    assert "everything" in (out / "table.svg").read_text()
-
-    # Only what failed is tried again, from its checkpoint.
-    monkeypatch.setattr(
-        Run, "train", lambda run: pytest.fail(f"{run.recipe.name} is trained again")
-        if run.recipe.name != "diverging" else None,
-    )  # fmt: skip
-    assert main([*FLAGS, "--out", str(out)]) == 1
+    drawn = (out / "table.svg").read_text()
+    assert "everything†" in drawn and "diverging" not in drawn and "boostresnet" not in drawn
+    # Only what failed is tried again.
+    tried: list[str] = []
+    monkeypatch.setattr(Run, "train", lambda run, lock: tried.append(run.recipe.name))
+    assert main([*FLAGS, "--out", str(out)]) == 0 and tried == ["diverging"]
 
 
 def test_a_table_of_three_seeds(
@@ -104,9 +102,12 @@ def test_a_table_of_three_seeds(
 
     # A seed more trains that alone, and the table holds both.
     made_up.clear()
-    assert main([*flags[:-2], "3", *flags[-2:], "--rows", "baseline", "fused"]) == 0
-    assert made_up == ["baseline 3", "fused 3"]
-    assert rows_of(tmp_path / "table.csv")["baseline"]["trained"] == "4"
+    assert main([*flags, "--rows", "baseline", "--seeds", "3"]) == 0
+    assert made_up == ["baseline 3"]
+    rows = rows_of(tmp_path / "table.csv")
+    assert rows["baseline"]["trained"] == "4" and rows["baseline"]["state"] == "trained"
+    assert rows["fused"]["trained"] == "3" and rows["fused"]["state"] == "not trained yet"
+    assert "3 of 4" in (tmp_path / "table.md").read_text()
 
 
 def test_the_stack_is_a_waterfall(tmp_path: Path, made_up: list[str]) -> None:
@@ -115,6 +116,18 @@ def test_the_stack_is_a_waterfall(tmp_path: Path, made_up: list[str]) -> None:
     drawn = (tmp_path / "waterfall.svg").read_text()
     for text in ("baseline", "+ pre-activation", "+ half precision†", "in all", "2.00 ×"):
         assert f"<!-- {text} -->" in drawn, text
+
+
+def test_times_of_two_machines_are_not_compared(tmp_path: Path, made_up: list[str]) -> None:
+    assert main([*FLAGS, "--out", str(tmp_path)]) == 0
+    path = tmp_path / "fused" / "seed-0" / "summary.json"
+    path.write_text(path.read_text().replace('"CPU"', '"another"'))
+    assert main([*FLAGS, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "table.csv")
+    assert rows["fused"]["speedup"] == "" and rows["everything"]["speedup"] != ""
+    assert not (tmp_path / "waterfall.svg").exists()
+    text = (tmp_path / "table.md").read_text()
+    assert "photos, on another" in text and ": fused." in text and "not compared" in text
 
 
 def test_a_sweep_has_a_plot(tmp_path: Path, made_up: list[str]) -> None:
@@ -142,13 +155,34 @@ def test_workers_are_spread_over_the_gpus(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     config = TableConfig(rows=("fused", "best", "everything"), seeds=(0,), out=tmp_path)
-    four, one, half = plan(config, chosen(config))
+    four, one, half = plan(config, asked_for(config, every_row(config)), [0])
     assert one.processes == 1 and one.config.micro_batches == 1
     assert four.processes == processes and four.config.micro_batches == 4 // processes
     assert ("torch.distributed.run" in four.command()) == (processes > 1)
     assert half.config.precision == ("fp16" if gpus else "bf16")
-    on_cpu = TableConfig(rows=("best",), seeds=(0,), out=tmp_path, device="cpu")
-    assert plan(on_cpu, chosen(on_cpu))[0].processes == 1
+    on_cpu = TableConfig(rows=("best",), out=tmp_path, device="cpu")
+    assert plan(on_cpu, asked_for(on_cpu, every_row(on_cpu)), [0])[0].processes == 1
+
+
+def test_what_one_gpu_has_trained_counts_on_four(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made_up: list[str]
+) -> None:
+    """Four workers are four workers; half precision is one thing in a table."""
+    flags = [*FLAGS, "--device", "auto", "--out", str(tmp_path), "--half", "bf16"]
+    for gpus, trained in ((1, ["four_workers 0"]), (4, [])):
+        made_up.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert main([*flags, "--rows", "four_workers"]) == 0
+        assert made_up == trained
+    assert "†" in (tmp_path / "table.md").read_text()
+    assert main([*flags, "--half", "fp16"]) == 2
+
+
+def test_the_usual_table_and_the_quick_one() -> None:
+    usual, quick = TableConfig(), TableConfig(quick=True)
+    assert (usual.all_seeds, usual.all_epochs, usual.images) == ((0, 1, 2), 200, None)
+    assert (quick.all_seeds, quick.all_epochs, quick.images) == ((0,), 4, 5000)
+    assert str(usual.out_dir) == "runs/table-20" and str(quick.out_dir) == "runs/table-20-quick"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +195,11 @@ def test_workers_are_spread_over_the_gpus(
         (["--sweep", "depth"], ["depth", "batch-size"]),
         (["--train-size", "32"], ["row four_workers", "--batch-size 128", "32 training images"]),
         (["--dataset", "folder"], ["--data-dir"]),
+        (["--image-size", "4"], ["--image-size 4"]),
+        pytest.param(
+            ["--device", "cuda"], ["--device cuda", "no GPU"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--dataset", "folder", "--data-dir", "nowhere", "--image-size", "8"], ["nowhere"]),
     ],
 )  # fmt: skip
@@ -182,29 +221,102 @@ def test_a_folder_of_another_table_is_left_alone(
     flags = [*FLAGS, "--rows", "baseline", "--out", str(tmp_path)]
     assert main(flags) == 0
     before = (tmp_path / "table.md").read_text()
+    for other in (["--epochs", "3"], ["--epochs", "3", "--rows", "fused"]):
+        assert main([*flags, *other]) == 2
+        said = capsys.readouterr().err
+        assert "--epochs 2" in said and "--epochs 3" in said and "another --out" in said
+    (tmp_path / "table.json").unlink()
     assert main([*flags, "--epochs", "3"]) == 2
-    said = capsys.readouterr().err
-    assert "--epochs 2" in said and "--epochs 3" in said and "another --out" in said
+    assert "row baseline has --epochs 3" in capsys.readouterr().err
     assert (tmp_path / "table.md").read_text() == before
     (tmp_path / "baseline" / "seed-0" / "summary.json").write_text("{")
     assert main(flags) == 2
     assert "not what a run wrote" in capsys.readouterr().err
 
 
+def test_two_calls_do_not_share_a_folder(
+    tmp_path: Path, made_up: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even where the first was killed, and its run goes on."""
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run = subprocess.Popen(["sleep", "60"], pass_fds=[held.fileno()])
+    try:
+        assert main([*FLAGS, "--out", str(tmp_path)]) == 2 and made_up == []
+        assert "another table.py" in capsys.readouterr().err
+    finally:
+        run.kill()
+        run.wait()
+    assert main([*FLAGS, "--out", str(tmp_path)]) == 0 and made_up
+
+
+def run_of(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int = 1
+) -> Run:
+    """A run whose program is another one."""
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr(table_runs, "_MAIN", tmp_path / "program.py")
+    recipe = next(r for r in recipes.table_rows(Setting(2, "bf16")) if r.name == "fused")
+    settings = {"out": tmp_path / "run", "batch_size": 128, "fused": True}
+    return Run(recipe, 0, processes, settings)
+
+
 def test_a_run_that_dies_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without an error of its own: what it said last stands for it."""
-    recipe = next(r for r in recipes.table(Setting(2, "bf16")) if r.name == "fused")
-    run = Run(recipe, 0, 1, {"out": tmp_path / "run", "fused": True})
     dies = "print('half way', flush=True); import os; os.kill(os.getpid(), 9)"
-    monkeypatch.setattr(Run, "command", lambda self: [table_runs.sys.executable, "-c", dies])
-    run.train()
-    assert run.failure() == "exit status -9: half way" and run.summary() is None
+    run = run_of(dies, tmp_path, monkeypatch)
+    assert run.train() == run.failure() == "exit status -9: half way" and run.summary() is None
     assert "half way" in capsys.readouterr().out
-    monkeypatch.setattr(Run, "command", lambda self: [table_runs.sys.executable, "-c", ""])
-    run.train()
-    assert run.failure() is None
+    run = run_of("", tmp_path, monkeypatch)
+    assert run.train() == run.failure() == "it ended without a summary"
+    # A run that was finished when it died is finished.
+    make_up(run)
+    assert run.train() is None and run.failure() is None
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("--- ") == 3 and "half way" in log
+    (tmp_path / "run" / "log.txt").unlink()
+    (tmp_path / "run" / "log.txt").mkdir()
+    assert "log.txt" in str(run.train())
+
+
+def test_what_a_process_raised_is_told_and_not_what_torchrun_adds() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB",
+        "E1123 03:29 torch/distributed/elastic: failed (exitcode: 1) local_rank: 1",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "Root Cause (first observed failure):", "  exitcode  : 1", "=====",
+    ]  # fmt: skip
+    assert reason(lines) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+    assert reason(["on the way", "====", ""]) == "on the way"
+    assert reason([]) == "nothing was printed"
+
+
+def test_an_interrupted_run_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun's processes are in sessions of their own: killing it would leave them behind."""
+    program = (
+        "import os, time\n"
+        f"open({str(tmp_path)!r} + '/pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        "print('there', flush=True)\n"
+        "time.sleep(120)\n"
+    )
+    run = run_of(program, tmp_path, monkeypatch, processes=2)
+
+    def both_there(line: str, **_: object) -> None:
+        if len(list(tmp_path.glob("pid-*"))) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", both_there)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    for path in tmp_path.glob("pid-*"):
+        status = Path(f"/proc/{path.read_text()}/status")
+        # Ended, or waiting for its new parent to notice.
+        assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_settings_that_do_not_fit_name_the_row(tmp_path: Path) -> None:
