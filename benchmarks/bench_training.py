@@ -1,7 +1,7 @@
 """Train rows of train/table.py, and keep their accuracies and rates among the results.
 
 python benchmarks/bench_training.py --folder DIR             the quick table of a folder of images
-python benchmarks/bench_training.py --table "--dataset cifar10 --out runs/table-20"
+python benchmarks/bench_training.py --table="--dataset cifar10 --out runs/table-20"
 python benchmarks/bench_training.py                          the quick table of the built-in images
 
 --table takes the flags of train/table.py. Where they name an --out, what that has trained is not
@@ -103,7 +103,11 @@ def benchmark(config: TableConfig) -> str:
 def main() -> int:
     p = parser(__doc__)
     p.add_argument("--folder", type=Path, help="class folders with train/ and test/")
-    p.add_argument("--table", type=shlex.split, help="flags of train/table.py (--quick)")
+    p.add_argument(
+        "--table",
+        type=shlex.split,
+        help='flags of train/table.py, as in --table="--seeds 0" (--quick)',
+    )
     args = p.parse_args()
     if args.folder is not None and not args.folder.is_dir():
         p.error(f"--folder {args.folder}: no such folder")

@@ -58,9 +58,9 @@ class Part:
 def parts(folder: Path | None) -> dict[str, Part]:
     """In the order of their worth, should the time run out."""
     data = ["--folder", str(folder)] if folder else []
-    some = ["--table", "--quick --rows pre_activation fused everything"]
+    some = ["--table=--quick --rows pre_activation fused everything"]
     # Quick still: train/table.py's own 200 epochs are a matter of hours.
-    three = ["--table", "--quick --seeds 0 1 2"]
+    three = ["--table=--quick --seeds 0 1 2"]
     sweep = ["--sweep", "full"]
     every = {
         "tests": Part("gpu_tests.py", 100),

@@ -236,7 +236,7 @@ HEADLINES = (
     Headline(
         "Table 1, depth 20, 200 epochs: test accuracy and time of training († emulated workers)",
         "training_table_20", _accuracies(epochs=200, train_size=None),
-        'bench_training.py --table "--dataset cifar10"',
+        'bench_training.py --table="--dataset cifar10"',
     ),
     Headline(
         "the same, quick (4 epochs of 5,000 images, a quarter of each batch): shows that all rows "
