@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastres.data import split, synthetic
 
 MODES = ("batch", "subset", "row")
-_LEAST_STEPS = 5
+# "batch" steps differ by the draw: of fewer the mean says little.
+_LEAST_STEPS = 15
 
 
 def _cases(device: torch.device, small: bool, sweep: str) -> Iterator[Case]:

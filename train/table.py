@@ -3,7 +3,7 @@
 python train/table.py                           depth 20, 200 epochs, seeds 0 1 2, CIFAR-10
 python train/table.py --depth 122 --rows baseline best everything
 python train/table.py --quick                   every row, in minutes on two CPU cores
-python train/table.py --sweep batch-size        or survival, or meprop-ratio
+python train/table.py --sweep batch-size        or survival, meprop-ratio, optimizer
 
 Each row and seed is a run of train/main.py in a folder of its own. What is finished is not trained
 again, an interrupted run goes on from its checkpoint, and one that fails shows as failed and is
@@ -49,7 +49,7 @@ class TableConfig:
     """Passes over the training set (200; with --quick 4)."""
     rows: tuple[str, ...] | None = None
     """Train these rows only, by their names in train/recipes.py."""
-    sweep: Literal["batch-size", "survival", "meprop-ratio"] | None = None
+    sweep: Literal["batch-size", "survival", "meprop-ratio", "optimizer"] | None = None
     """Train the points of a sweep instead of the table."""
     quick: bool = False
     """A small trial: 5,000 images, 4 epochs, a quarter of each batch. Marked wherever it shows."""

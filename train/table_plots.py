@@ -10,7 +10,6 @@ from checkpoint import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from recipes import STACK
 from table_files import Line, Table
 
@@ -122,10 +121,12 @@ def sweep(figure: Figure, lines: list[Line], swept: str) -> None:
                 yerr=[line.sd(measure) or 0.0 for line in mine],
                 marker="o", capsize=3, label=name,
             )  # fmt: skip
+    xs = [line.recipe.x for line in lines]
     for axes, text in zip(panels, ("test accuracy (%)", "minutes of training"), strict=True):
         axes.set_ylabel(text)
         axes.set_xlabel(swept)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        if max(xs) > 20 * min(xs):
+            axes.set_xscale("log")
         axes.grid(alpha=0.3)
         if series:
             axes.legend(fontsize=8)

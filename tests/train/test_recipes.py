@@ -102,3 +102,7 @@ def test_the_sweeps_span_the_reports() -> None:
     ratios = SWEEPS["meprop-ratio"](FULL)
     assert min(r.x for r in ratios) == 0.05 and max(r.x for r in ratios) == 1
     assert {changes_of(r)["width"] for r in ratios} == {16, 64, 256}
+    rates = SWEEPS["optimizer"](FULL)
+    usual = {r.series: Config(optimizer=changes_of(r)["optimizer"]).lr for r in rates}
+    for name, lr in usual.items():
+        assert lr in [r.x for r in rates if r.series == name]
