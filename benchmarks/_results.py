@@ -8,6 +8,7 @@ the machine or of the time met it, `failed` where something is wrong.
 
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -27,6 +28,10 @@ class ResultsError(Exception):
     """A file of results that cannot be used, in words."""
 
 
+# An absolute path, also one among flags that are quoted together: all of it but its last part.
+_PATH = re.compile(r"(^|[\s=])/(?:[^\s/]+/)*([^\s/]+)")
+
+
 class WrongResult(Exception):
     """A provider's result is not the reference's: it gets no speed."""
 
@@ -37,7 +42,7 @@ def results(benchmark: str, device: str = "cpu", **content: Any) -> dict[str, An
     device: "cpu" or "cuda"; a GPU beside a CPU that works is not in the head.
     """
     # Where folders lie on the machine that measured is nobody else's business.
-    flags = [Path(flag).name if Path(flag).is_absolute() else flag for flag in sys.argv[1:]]
+    flags = [_PATH.sub(r"\1\2", flag) for flag in sys.argv[1:]]
     command = shlex.join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *flags])
     head = {"format": FORMAT, "benchmark": benchmark, "command": command, "device": device}
     return head | environment() | ({"gpu": None} if device == "cpu" else {}) | content

@@ -282,9 +282,11 @@ def all_tables(files: list[File], folder: Path, plots: list[Path]) -> str:
     ]
     for file in files:
         where = file.path.relative_to(folder)
+        # What a person had to say of it.
+        note = f"\n\n{file.content['note']}" if "note" in file.content else ""
         parts.append(
             f"## {file.benchmark}, {file.hardware}\n\n{file.about}; `{file.content['command']}`, "
-            f"[{where}]({where})\n\n<details>\n\n{table(file)}\n\n</details>"
+            f"[{where}]({where}){note}\n\n<details>\n\n{table(file)}\n\n</details>"
         )
     parts += [f"![{p.stem}](plots/{p.name})" for p in plots]
     return "\n\n".join(parts) + "\n"

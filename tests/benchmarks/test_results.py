@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import _results
@@ -134,3 +135,13 @@ def test_a_device_that_is_not_there(device: str, capsys: pytest.CaptureFixture[s
         parser("What it does.").parse_args(["--device", device])
     error = capsys.readouterr().err
     assert ("no GPU here" if device == "cuda" else "expected cpu or cuda") in error
+
+
+def test_a_command_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one among flags that are handed on together."""
+    flags = ["--folder", "/home/me/images", "--table=--rows a --out /var/x/runs", "--json", "a/b"]
+    monkeypatch.setattr(sys, "argv", ["/opt/benchmarks/bench.py", *flags])
+    command = results("x")["command"]
+    assert command == (
+        "python benchmarks/bench.py --folder images '--table=--rows a --out runs' --json a/b"
+    )
