@@ -22,7 +22,7 @@ class Growth:
 
     The rule of growth: a unit satisfies weak learning if its edge, over the whole training set and
     on the costs of the units before it, gives a gamma greater than --min-gamma. One that does not
-    is trained once more, from other weights at half the learning rate; if it does not then, either,
+    is trained once more, from other weights at half the learning rate; if it does not then either,
     the growth ends without it. It also ends where no unit is left, and with a unit whose edge is 1
     to 1e-6: all is learnt.
 
@@ -135,8 +135,7 @@ class Growth:
                 self.plan.stem = other.stem
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            # Once more from other weights, the classifier's among them.
-            before = self.frozen.parts[-1] if number > 0 and attempt == 0 else None
+            before = self.frozen.parts[-1] if number > 0 else None
             part = weak_unit(self.plan, number, before)
         return UnitTrainer(config, self.frozen, part, costs)
 

@@ -13,8 +13,8 @@ The whole of it is train/boost.py.
 Source: Huang, Ash, Langford and Schapire 2018, arXiv:1706.04964.
 """
 
+from fastres.boost.cache import CHUNK, FeatureCache, Room, chunks, fill
 from fastres.boost.errors import BoostError
-from fastres.boost.features import CHUNK, FeatureCache, Room, chunks, fill
 from fastres.boost.growth import features, freeze, grown, weak_unit
 from fastres.boost.loss import LOSSES, boosting_loss, training_costs
 from fastres.boost.state import (
@@ -23,6 +23,7 @@ from fastres.boost.state import (
     Verdict,
     alpha,
     bound,
+    clamp_edge,
     costs,
     edge,
     gamma_squared,
@@ -43,6 +44,7 @@ __all__ = [
     "boosting_loss",
     "bound",
     "chunks",
+    "clamp_edge",
     "costs",
     "edge",
     "features",

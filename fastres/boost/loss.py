@@ -56,6 +56,8 @@ def boosting_loss(
     loss = F.cross_entropy(logits + spread.log(), labels, reduction="none")
     if kind == "exp":
         limit = math.log(classes)
-        beyond = (loss - limit).clamp(min=0)
-        loss = torch.exp(loss.clamp(max=limit)) + classes * beyond
+        # At the limit itself, where an untrained classifier is, clamp could lose both gradients.
+        over = loss > limit
+        tangent = classes * (1.0 + loss - limit)
+        loss = torch.where(over, tangent, torch.exp(loss.masked_fill(over, limit)))
     return (weight.squeeze(1) * loss).mean()

@@ -13,9 +13,9 @@ is sure and right, and since sum |C| counts every pair twice the edge is the mea
 C. p itself would end at an edge of 1/2; logits have no bound.
 
 The theorem. Weighted by C, mean exp(-alpha m) <= sqrt(1 - edge^2), by convexity and the choice of
-alpha. Where costs and losses do not vary against each other (`Verdict.covariance` <= 0, the paper's
-second condition), the plain mean is no more than the weighted one, and it is no less than the share
-of pairs with m <= 0. With edge_0 = 0 the product of 1 - gamma_t^2 telescopes, so that
+alpha. The plain mean is the weighted one and `Verdict.covariance`; the theorem wants that to be 0
+or less, which it is as long as what is lost is what was expensive. And the plain mean is no less
+than the share of pairs with m <= 0. With edge_0 = 0 the product of 1 - gamma_t^2 telescopes, so that
 
     share of pairs in error <= sqrt(1 - edge^2)
                              = prod sqrt(1 - gamma_t^2) <= exp(-1/2 sum gamma_t^2)
@@ -38,6 +38,8 @@ from fastres.boost.errors import BoostError
 # An edge beyond it counts as it: alpha would be infinite at 1. Its alpha is 7.25, and costs stay
 # within exp(-29) to exp(29).
 EDGE_LIMIT = 1.0 - 1e-6
+# An edge is a sum of fp64 terms that cancel where it is 0; a real one is far greater.
+_ROUNDING = 1e-12
 
 
 def outputs(logits: Tensor) -> Tensor:
@@ -104,9 +106,10 @@ class Verdict:
         edge: as measured, in [-1, 1].
         gamma_squared: see gamma_squared; the edge before is the last accepted unit's, 0 at first.
         alpha: weight of the outputs.
+        constant: whether all images have the same outputs.
         clamped: whether the edge is beyond EDGE_LIMIT: there is nothing left to boost.
-        covariance: plain mean less cost-weighted mean of exp(-alpha m) over all pairs; the
-            theorem's second condition is that it is 0 or less.
+        covariance: plain mean less cost-weighted mean of exp(-alpha m) over all pairs; the theorem
+            wants 0 or less.
         pair_error: share of pairs (image, wrong class) with m <= 0.
         error: share of images whose greatest output is another class's, ties counted as errors.
         bound: exp(-1/2 sum gamma_t^2), this unit among the t.
@@ -117,6 +120,7 @@ class Verdict:
     edge: float
     gamma_squared: float
     alpha: float
+    constant: bool
     clamped: bool
     covariance: float
     pair_error: float
@@ -138,8 +142,9 @@ class Boosting:
         classes: their number.
         min_gamma: a unit satisfies weak learning if its edge is over 0 and its gamma, with the sign
             of gamma^2, over min_gamma. 0 asks of every unit a greater edge than the last one's;
-            less than 0 tolerates a fall. An edge of 0, such as that of constant outputs, or below
-            never does: alpha would be 0, or turn the classifier round.
+            less than 0 tolerates a fall. A classifier with an edge of 0 (to rounding, 1e-12) or
+            below never does, since alpha would be 0 or turn it round; nor does one whose outputs
+            are constant, though the greater of two classes may give it an edge.
     Raises:
         BoostError: less than two classes, or all images of one class: there is nothing to cost.
     """
@@ -204,18 +209,20 @@ class Boosting:
         losses, weights = torch.exp(-weight * margin), C[pairs]
         covariance = losses.mean() - (losses * weights).sum() / weights.sum()
         wrong = ((o.gather(1, own) <= o) & pairs).any(1)
+        constant = bool((o == o[0]).all())
         threshold = math.copysign(self.min_gamma**2, self.min_gamma)
         return Verdict(
             z=float(total(C)),
             edge=value,
             gamma_squared=square,
             alpha=weight,
+            constant=constant,
             clamped=abs(value) > EDGE_LIMIT,
             covariance=float(covariance),
             pair_error=float((margin <= 0).double().mean()),
             error=float(wrong.double().mean()),
             bound=bound([*self.gammas_squared, square]),
-            holds=value > 0 and square > threshold,
+            holds=value > _ROUNDING and not constant and square > threshold,
         )
 
     def add(self, o: Tensor) -> Verdict:
