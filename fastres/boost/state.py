@@ -15,7 +15,7 @@ C. p itself would end at an edge of 1/2; logits have no bound.
 The theorem. Weighted by C, mean exp(-alpha m) <= sqrt(1 - edge^2), by convexity and the choice of
 alpha. The plain mean is the weighted one and `Verdict.covariance`; the theorem wants that to be 0
 or less, which it is as long as what is lost is what was expensive. And the plain mean is no less
-than the share of pairs with m <= 0. With edge_0 = 0 the product of 1 - gamma_t^2 telescopes, so that
+than the share of pairs with m <= 0. With edge_0 = 0 the product of 1 - gamma_t^2 telescopes:
 
     share of pairs in error <= sqrt(1 - edge^2)
                              = prod sqrt(1 - gamma_t^2) <= exp(-1/2 sum gamma_t^2)
