@@ -12,6 +12,7 @@ import checkpoint
 import main as training
 import pytest
 import torch
+import unit_trainer
 from boost_config import parse
 from errors import TrainError
 from growth import Growth
@@ -21,7 +22,7 @@ from train.tiny_runs import on_native_path, same, weights_of
 from unit_trainer import UnitTrainer
 from workers import Workers
 
-from fastres.boost import Boosting, Verdict, outputs, training_costs, weak_unit
+from fastres.boost import Boosting, Verdict, boosting_loss, outputs, training_costs, weak_unit
 
 DATA = ["--dataset", "synthetic", "--train-size", "40", "--image-size", "8", "--device", "cpu"]
 TINY = [
@@ -227,6 +228,29 @@ def test_the_costs_of_earlier_units_enter_a_step() -> None:
     assert not torch.allclose(a, b, rtol=1e-3)
 
 
+def test_each_unit_is_trained_by_the_costs_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def loss(
+        logits: torch.Tensor, labels: torch.Tensor, costs: torch.Tensor, kind: Any
+    ) -> torch.Tensor:
+        seen.append(costs)
+        return boosting_loss(logits, labels, costs, kind)
+
+    monkeypatch.setattr(unit_trainer, "boosting_loss", loss)
+    growth = growth_of("--unit-epochs", "1")
+    for unit in range(2):
+        costs = training_costs(growth.boosting.costs())
+        rows = {tuple(row) for row in costs.tolist()}
+        seen.clear()
+        growth.grow(silent())
+        used = {tuple(row) for t in seen for row in t.tolist()}
+        assert len(seen) == 2 and used <= rows
+        assert len(used) == (10 if unit == 0 else 32)  # a row a class, then a row an image
+
+
 def violate(patch: pytest.MonkeyPatch, unit: int, attempts: int) -> None:
     """Let the first attempts at a unit violate weak learning."""
     judge, left = Boosting.judge, [attempts]
@@ -371,8 +395,9 @@ def test_images_of_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     flags += ["--depth", "8", "--width", "4", "--batch-size", "8", "--out", str(tmp_path / "out")]
     train = tmp_path / "images" / "train"
     shutil.rmtree(train / "b")
+    fails(flags, capsys, "a folder of images for each class, at least 2")
     (train / "b").mkdir()
-    fails(flags, capsys, "b")
+    fails(flags, capsys, "class folder", "train/b")
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
