@@ -1,6 +1,7 @@
 """fastres.boost against an independent NumPy computation, and the theorem on a small problem."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import BOOST_RELATIVE
 from torch import Tensor
-from train.tiny_runs import on_native_path
 
 from fastres import boost
 from fastres.boost import BoostError, Boosting, boosting_loss, training_costs
@@ -19,6 +19,15 @@ from fastres.data import split, synthetic
 from fastres.models import ResNet
 
 Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """At this size more of them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Reference:
@@ -224,14 +233,14 @@ def grow(plan: ResNet, x: Tensor, y: Tensor, classes: int, steps: int) -> list[b
     return verdicts
 
 
+@pytest.mark.usefixtures("native", "one_thread")
 @pytest.mark.parametrize("classes", [2, 10])
 def test_the_theorem_on_a_small_problem(classes: int) -> None:
     """Errors under exp(-1/2 sum gamma^2) at every unit, and so are the links between them."""
     data = split(synthetic(image_size=8, train_size=200))
     y = data.train.labels % classes
     x = data.train.images.float() / 127.5 - 1.0
-    with on_native_path():
-        verdicts = grow(ResNet(14, 8, num_classes=classes, zero_init=True), x, y, classes, 60)
+    verdicts = grow(ResNet(14, 8, num_classes=classes, zero_init=True), x, y, classes, 60)
     for verdict in verdicts:
         sure = math.sqrt(1 - boost.clamp_edge(verdict.edge) ** 2)
         assert verdict.pair_error <= sure + max(verdict.covariance, 0.0)
@@ -244,7 +253,7 @@ def test_the_theorem_on_a_small_problem(classes: int) -> None:
     assert verdicts[-1].error < verdicts[0].error and verdicts[-1].bound < 0.95
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("native", "one_thread")
 def test_the_grown_network_is_the_resnet() -> None:
     """Its eval logits are the last part's and those of a ResNet with its state, bitwise."""
     plan = ResNet(14, 4, num_classes=3)
