@@ -22,9 +22,9 @@ class Growth:
 
     The rule of growth: a unit satisfies weak learning if its edge, over the whole training set and
     on the costs of the units before it, gives a gamma greater than --min-gamma. One that does not
-    is trained once more, from other weights at half the learning rate; if it does not then either,
-    the growth ends without it. It also ends where no unit is left, and with a unit whose edge is 1
-    to 1e-6: all is learnt.
+    is trained once more, from other weights of its own and at half the learning rate; if it does
+    not then either, the growth ends without it. It also ends where no unit is left, and with a unit
+    whose edge is 1 to 1e-6: all is learnt.
 
     Attributes:
         ended: why the growth is over; None before.

@@ -152,7 +152,7 @@ def test_refinement_begins_with_the_grown_network(finished: Path, tmp_path: Path
     "flags",
     [
         ["--features", "fresh"],
-        ["--boost-loss", "exp"],
+        ["--boost-loss", "cost"],
         ["--precision", "fp16"],
         ["--precision", "bf16", "--cache-precision", "fp32"],
         ["--precision", "pure-fp16"],
