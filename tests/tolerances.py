@@ -48,6 +48,10 @@ DDP_ABSOLUTE = 1e-5
 # fp32 sums has changed; of fp16's weights one such rounding is 5e-4.
 DDP_HALF_ABSOLUTE = 0.01
 
+# Boosting's state in fp64, summed by torch and by a Python loop: rounding of sums of some tens of
+# terms, carried on through five units' exponentials.
+BOOST_RELATIVE = 1e-10
+
 
 def store_error(dtype: torch.dtype) -> float:
     """Relative error of storing an fp32 result as dtype: half an ulp when rounded to nearest."""

@@ -52,6 +52,8 @@ class Config:
 
     depth: int = 20
     """Weighted layers, 6n + 2."""
+    units: int | None = None
+    """Residual units to have, of the (depth - 2) / 2, from the first one on; the rest is cut."""
     width: int = 16
     """Channels of the first stage."""
     block: Literal["preact", "postact"] = "preact"
@@ -120,12 +122,11 @@ class Config:
         if self.lr is None:
             object.__setattr__(self, "lr", _LR[self.optimizer])
 
-        def need(fine: bool, name: str, wants: str) -> None:
-            if not fine:
-                flag = "--" + name.replace("_", "-")
-                raise TrainError(f"{flag} {getattr(self, name)}: expected {wants}")
-
+        need = self.need
         need(self.depth >= 8 and (self.depth - 2) % 6 == 0, "depth", "6n + 2: 8, 14, 20, 26, ...")
+        most = (self.depth - 2) // 2
+        fine = self.units is None or 1 <= self.units <= most
+        need(fine, "units", f"1 to {most}, those of --depth {self.depth}")
         need(self.width >= 1, "width", "1 or more")
         need(self.batch_size >= 1, "batch_size", "1 or more")
         need(self.micro_batches >= 1, "micro_batches", "1 or more")
@@ -165,6 +166,12 @@ class Config:
         need(fraction is None or folder, "test_fraction", "--dataset folder beside it")
         need(self.image_size is None or size, "image_size", "--dataset folder or synthetic with it")
 
+    def need(self, fine: bool, name: str, wants: str) -> None:
+        """Raise TrainError, in words of the flag of a setting, unless it is fine."""
+        if not fine:
+            flag = "--" + name.replace("_", "-")
+            raise TrainError(f"{flag} {getattr(self, name)}: expected {wants}")
+
     @property
     def peak_lr(self) -> float:
         """What the schedule multiplies."""
@@ -181,14 +188,22 @@ class Config:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
+C = TypeVar("C", bound=Config)
+
+
 def parse(argv: Sequence[str], *, quiet: bool = False) -> Config:
+    """parse_over_file for train/main.py."""
+    return parse_over_file(Config, "main.py", argv, quiet=quiet)
+
+
+def parse_over_file(kind: type[C], program: str, argv: Sequence[str], *, quiet: bool = False) -> C:
     """The flags in argv over the TOML file that --config names, over the defaults.
 
     Raises:
         TrainError: a flag, key or value that does not fit, in one line.
         SystemExit: after --help.
     """
-    return parse_as(Config, "main.py", [*_toml_flags(argv), *argv], quiet=quiet)
+    return parse_as(kind, program, [*_toml_flags(kind, argv), *argv], quiet=quiet)
 
 
 def parse_as(kind: type[T], program: str, argv: Sequence[str], *, quiet: bool = False) -> T:
@@ -223,7 +238,7 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def _toml_flags(argv: Sequence[str]) -> list[str]:
+def _toml_flags(kind: type[Config], argv: Sequence[str]) -> list[str]:
     """The file that --config names as flags, to stand before those of the command line."""
     path = None
     for i, arg in enumerate(argv):
@@ -239,7 +254,7 @@ def _toml_flags(argv: Sequence[str]) -> list[str]:
         raise TrainError(f"--config {path}: cannot be read ({error}); name a TOML file") from error
     except tomllib.TOMLDecodeError as error:
         raise TrainError(f"--config {path}: not TOML: {error}") from error
-    names = {field.name for field in dataclasses.fields(Config)} - {"config"}
+    names = {field.name for field in dataclasses.fields(kind)} - {"config"}
     for key, value in values.items():
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)

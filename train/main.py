@@ -26,7 +26,7 @@ from workers import Workers
 from fastres.data import Splits, cifar10, folder, split, synthetic
 
 # What a checkpoint's model is made of; the other settings may change from one start to the next.
-_MODEL = ("depth", "width", "block", "shortcut")
+_MODEL = ("depth", "units", "width", "block", "shortcut")
 # Settings whose change needs no word.
 _SILENT = (
     "config", "out", "resume", "data_dir", "device", "epochs", "fused", "profile", "profile_steps",
@@ -63,11 +63,12 @@ def load_data(config: Config) -> Splits:
     return split(data, config.train_size)
 
 
-def find_checkpoint(config: Config) -> dict[str, Any] | None:
+def find_checkpoint(config: Config, program: str = "main.py") -> dict[str, Any] | None:
     """The checkpoint to go on from, or None for a fresh start.
 
     Raises:
-        TrainError: it is damaged, absent or another model's, or --resume none meets one.
+        TrainError: it is damaged, absent, another model's or another program's, or --resume none
+            meets one.
     """
     own = config.out_dir / checkpoint.NAME
     if config.resume == "none":
@@ -86,6 +87,12 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
             "choose another --out"
         )
     state = checkpoint.load(path)
+    writer = state.get("program", "main.py")
+    if writer != program:
+        raise TrainError(
+            f"{path}: a checkpoint of train/{writer}, not of train/{program}; name another, or "
+            "another --out"
+        )
     then, now = state["config"], config.as_dict()
     precisions = {then["precision"], now["precision"]}
     if len(precisions) > 1 and "pure-fp16" in precisions:
@@ -100,16 +107,49 @@ def find_checkpoint(config: Config) -> dict[str, Any] | None:
             f"{config.optimizer}; pass the former, or another --out"
         )
     for name in _MODEL:
-        if then[name] != now[name]:
+        held = then.get(name)  # there was no --units at first
+        if held != now[name]:
+            here = f"--{name} {now[name]}" if now[name] is not None else f"no --{name}"
+            there, advice = f"--{name} {held}", f"pass --{name} {held}"
+            if held is None:
+                there, advice = f"no --{name}", f"leave out --{name}"
             raise TrainError(
-                f"{path}: its model has --{name} {then[name]}, this run --{name} {now[name]}; "
-                f"pass --{name} {then[name]}, or another --out"
+                f"{path}: its model has {there}, this run {here}; {advice}, or another --out"
             )
     return state
 
 
+def check_data(state: dict[str, Any], data: Splits) -> None:
+    """See that a checkpoint is of this data.
+
+    Raises:
+        TrainError: it is of other data.
+    """
+    if state["data"] != identity(data):
+        differ = [key for key, value in identity(data).items() if state["data"][key] != value]
+        raise TrainError(
+            f"the checkpoint was trained on other data than {data.name} ({', '.join(differ)} "
+            "differ); name the data of that run, or choose another --out"
+        )
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def check_shares(config: Config, workers: Workers) -> None:
+    """See that a batch is shared evenly.
+
+    Raises:
+        TrainError: it cannot be.
+    """
+    shares = workers.world_size * config.micro_batches
+    if config.batch_size % shares:
+        each = f" of {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+        raise TrainError(
+            f"--batch-size {config.batch_size}: {workers.world_size} processes{each} cannot share "
+            f"it evenly; choose a multiple of {shares}"
+        )
 
 
 def describe(
@@ -123,8 +163,9 @@ def describe(
     sizes = f"{len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} test"
     workers.say(f"data     {data.name}: {sizes}, {len(data.classes)} classes")
     layout = "channels_last" if config.channels_last else "NCHW"
+    cut = "" if config.units is None else f", its first {config.units} units"
     workers.say(
-        f"model    {config.block} ResNet-{config.depth}, width {config.width}: "
+        f"model    {config.block} ResNet-{config.depth}{cut}, width {config.width}: "
         f"{parameters:,} parameters, {config.precision}, {layout}"
     )
     if config.micro_batches > 1:
@@ -152,11 +193,16 @@ def describe(
     workers.say(f"out      {config.out_dir}")
     if state is not None:
         workers.say(f"resume   after epoch {trainer.epoch} of {config.epochs}")
-        then, now = state["config"], config.as_dict()
-        for key in sorted(now.keys() & then.keys() - set(_SILENT)):
-            if then[key] != now[key]:
-                note = _NOTES.get(key, "")
-                workers.say(f"changed  {key}: {then[key]} -> {now[key]}{note}")
+        say_changes(config, workers, state)
+
+
+def say_changes(config: Config, workers: Workers, state: dict[str, Any]) -> None:
+    """Say which settings are others than a checkpoint's."""
+    then, now = state["config"], config.as_dict()
+    for key in sorted(now.keys() & then.keys() - set(_SILENT)):
+        if then[key] != now[key]:
+            note = _NOTES.get(key, "")
+            workers.say(f"changed  {key}: {then[key]} -> {now[key]}{note}")
 
 
 def train(config: Config, workers: Workers) -> None:
@@ -167,24 +213,14 @@ def train(config: Config, workers: Workers) -> None:
     """
     started = time.perf_counter()
     set_precision_and_determinism(config)
-    shares = workers.world_size * config.micro_batches
-    if config.batch_size % shares:
-        each = f" of {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
-        raise TrainError(
-            f"--batch-size {config.batch_size}: {workers.world_size} processes{each} cannot share "
-            f"it evenly; choose a multiple of {shares}"
-        )
+    check_shares(config, workers)
     nvtx = workers.together(lambda: load_nvtx("--profile")) if config.profile else None
     workers.together(lambda: records.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
     workers.agree(None if state is None else state["epoch"], "the checkpoint's epoch in --out")
     data = workers.leader_first(lambda: load_data(config)).to(workers.device)
-    if state is not None and state["data"] != identity(data):
-        differ = [key for key, value in identity(data).items() if state["data"][key] != value]
-        raise TrainError(
-            f"the checkpoint was trained on other data than {data.name} ({', '.join(differ)} "
-            "differ); name the data of that run, or choose another --out"
-        )
+    if state is not None:
+        check_data(state, data)
     trainer = Trainer(config, workers, data)
     if state is not None:
         trainer.load_state_dict(state)

@@ -21,14 +21,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """An epoch a record, as JSON lines."""
+    """An epoch a record, as JSON lines; or whatever `counted` names, from 1 on."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, counted: str = "epoch") -> None:
+        self.path, self._counted = path, counted
         self.records: list[Record] = []
 
-    def keep_until(self, epoch: int) -> None:
-        """Read the file, and take back the records that ran ahead of a checkpoint's epoch.
+    def keep_until(self, number: int) -> None:
+        """Read the file, and take back the records that ran ahead of a checkpoint's number.
 
         Raises:
             TrainError: the file is not one that this program wrote; it stays as it is.
@@ -36,7 +36,7 @@ class Metrics:
         try:
             text = self.path.read_text() if self.path.exists() else ""
             records = [json.loads(line) for line in text.splitlines()]
-            self.records = [record for record in records if record["epoch"] <= epoch]
+            self.records = [record for record in records if record[self._counted] <= number]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(
                 f"{self.path}: not the metrics of a run ({error}); move it away or choose another "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from config import Config
 from errors import TrainError
+from image_view import ImageView
 from micro_batches import MicroBatches
 from optimizers import build_optimizer, in_model_order
 from records import Progress, Record
@@ -30,7 +31,6 @@ from fastres.ops import (
     MePropConv2d,
     StepGenerator,
     StochasticDepth,
-    augment,
     shuffle,
     takes_kernels,
 )
@@ -50,8 +50,6 @@ _KEEP_BUFFERS: dict[str, Any] = (
 
 # One for all phases and steps: the same object may be entered while it is entered.
 _NOTHING = contextlib.nullcontext()
-
-_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16, "pure-fp16": torch.float16}
 
 
 def unmarked(phase: str) -> contextlib.AbstractContextManager[Any]:
@@ -89,6 +87,7 @@ def build_model(config: Config, num_classes: int) -> ResNet:
             meprop_ratio=config.meprop_ratio,
             meprop_mode=config.meprop_mode,
             zero_init=config.zero_init,
+            keep_units=config.units,
         )
 
 
@@ -137,7 +136,7 @@ def fused_ops(trainer: "Trainer") -> str:
     return f"{', '.join(layers + steps)}; by {path}"
 
 
-class Trainer:
+class Trainer(ImageView):
     """A model, its optimizer and the data, all on one device; one step at a time."""
 
     def __init__(self, config: Config, workers: Workers, data: Splits, **ddp: Any) -> None:
@@ -154,13 +153,8 @@ class Trainer:
         # Entered around "step", and within it "data", "forward", "loss", "backward" and "update".
         self.phase: Callable[[str], contextlib.AbstractContextManager[Any]] = unmarked
         device = workers.device
-        self.mean = torch.tensor(data.mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(data.std, dtype=torch.float32, device=device)
-        self.memory_format = (
-            torch.channels_last if config.channels_last else torch.contiguous_format
-        )
-        self.half = _HALF.get(config.precision)
-        self.model = build_model(config, len(data.classes)).to(device)
+        super().__init__(config, data, device)
+        self.model = self.make_model().to(device)
         if config.precision == "pure-fp16":
             to_half(self.model)
         self.model.to(memory_format=self.memory_format)
@@ -183,6 +177,10 @@ class Trainer:
             config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler
         )
 
+    def make_model(self) -> ResNet:
+        """The model to train, in fp32."""
+        return build_model(self.config, len(self.data.classes))
+
     def make_scaler(self) -> LossScaler:
         """Loss scaling where gradients are fp16, which alone overflows."""
         return LossScaler(enabled=self.half == torch.float16)
@@ -202,33 +200,23 @@ class Trainer:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    def _images(self, images: ImageSet, index: Tensor, **how: Any) -> Tensor:
-        return augment(
-            images.images,
-            index,
-            self.mean,
-            self.std,
-            dtype=self.half or torch.float32,
-            memory_format=self.memory_format,
-            **how,
-        )
-
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(
-            self.workers.device.type,
-            dtype=self.half,
-            enabled=self.config.precision in ("fp16", "bf16"),
-        )
-
     def _loss(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Mean loss over this process's share of a batch, and logits."""
         with self.phase("data"):
-            x = self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
+            x = self.inputs(index, epoch)
         with self._autocast():
             with self.phase("forward"):
                 logits = self.network(x).float()
             with self.phase("loss"):
-                return F.cross_entropy(logits, self.data.train.labels[index]), logits
+                return self.criterion(logits, index), logits
+
+    def inputs(self, index: Tensor, epoch: int) -> Tensor:
+        """What the model sees of training images in an epoch."""
+        return self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
+
+    def criterion(self, logits: Tensor, index: Tensor) -> Tensor:
+        """The mean loss of training images."""
+        return F.cross_entropy(logits, self.data.train.labels[index])
 
     def train_step(self, index: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """One update from this process's share of a global batch.
@@ -361,11 +349,14 @@ class Trainer:
         mine = torch.arange(len(images), device=self.workers.device)[rank::world_size]
         correct = torch.zeros((), dtype=torch.int64, device=self.workers.device)
         for index in mine.split(_EVAL_BATCH):
-            x = self._images(images, index, padding=0, flip=False)
             with self._autocast():
-                logits = self.model(x)
+                logits = self.predict(images, index)
             correct += (logits.argmax(1) == images.labels[index]).sum()
         return 100.0 * int(self.workers.sum_(correct)) / len(images)
+
+    def predict(self, images: ImageSet, index: Tensor) -> Tensor:
+        """Logits of images as they are, in the mode that the model is in."""
+        return self.model(self._images(images, index, padding=0, flip=False))
 
     def accuracies(self) -> Record:
         """Accuracy in % on train, dev and test."""

@@ -169,6 +169,8 @@ class ResNet(nn.Module):
         meprop_mode: "row" or "unified".
         zero_init: whether each unit begins as its shortcut, its branch 0: of "preact" conv2's
             weight is 0 at first, of "postact" bn2's. The other weights are as without it.
+        keep_units: how many of the units to have, from the first one on; the classifier follows the
+            last of them. None: all.
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
@@ -189,6 +191,7 @@ class ResNet(nn.Module):
         meprop_ratio: float | None = None,
         meprop_mode: Literal["row", "unified"] = "unified",
         zero_init: bool = False,
+        keep_units: int | None = None,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -217,12 +220,17 @@ class ResNet(nn.Module):
                 return nn.Conv2d(*sizes, bias=False)
             return MePropConv2d(*sizes, bias=False, ratio=meprop_ratio, mode=meprop_mode)
 
-        self.stem = conv(3, width, 3, 1, 1)
+        self.stem: nn.Module = conv(3, width, 3, 1, 1)
         self.stem_bn = None if preact else norm_relu(width)
         units: list[nn.Module] = []
         channels, number = width, (depth - 2) // 2
+        if keep_units is not None and not 1 <= keep_units <= number:
+            raise ValueError(f"keep_units: expected 1 to {number}, got {keep_units}")
+        keep = number if keep_units is None else keep_units
         for stage in range(3):
             for i in range(number // 3):
+                if len(units) == keep:
+                    break
                 out_channels, stride = width << stage, 2 if stage > 0 and i == 0 else 1
                 way: nn.Module | None = None
                 if stride > 1 or out_channels != channels:
