@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from train.tiny_growths import grow
 from train.tiny_runs import on_native_path
 
 
@@ -13,3 +14,12 @@ def native_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with on_native_path():
         yield
+
+
+@pytest.fixture(scope="session")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A growth of all three units, and an epoch end to end."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    with on_native_path():
+        grow(out)
+    return out
