@@ -6,7 +6,6 @@ python train/boost.py --dataset synthetic --device cpu --unit-epochs 2 --epochs 
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -199,20 +198,8 @@ def finish(config: BoostConfig, workers: Workers, summary: Record, started: floa
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, 1 where the run failed, 2 where a flag does not fit."""
-    leads = os.environ.get("RANK", "0") == "0"
-    try:
-        config = parse(argv, quiet=not leads)
-        workers = Workers.join(config.device)
-    except TrainError as error:
-        return training.fail(error, leads, status=2)
-    try:
-        run(config, workers)
-    except TrainError as error:
-        return training.fail(error, leads, status=1)
-    finally:
-        workers.leave()
-    return 0
+    """Exit status: as of train/main.py."""
+    return training.run_program(argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ python train/main.py --config train/best.toml --help
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import checkpoint
 import records
 import torch
-from config import Config, parse
+from config import C, Config, parse
 from errors import TrainError
 from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, fused_ops, set_precision_and_determinism
@@ -340,6 +340,12 @@ def finish(
 
 
 def main(argv: Sequence[str]) -> int:
+    return run_program(argv, parse, train)
+
+
+def run_program(
+    argv: Sequence[str], parse: Callable[..., C], run: Callable[[C, Workers], None]
+) -> int:
     """Exit status: 0, 1 where the run failed, 2 where a flag does not fit."""
     leads = os.environ.get("RANK", "0") == "0"
     try:
@@ -348,7 +354,7 @@ def main(argv: Sequence[str]) -> int:
     except TrainError as error:
         return fail(error, leads, status=2)
     try:
-        train(config, workers)
+        run(config, workers)
     except TrainError as error:
         return fail(error, leads, status=1)
     finally:
