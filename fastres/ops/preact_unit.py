@@ -193,11 +193,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     weights = (weight1, weight2, shortcut_weight)
-    return (
-        torch.empty_like(x),
-        *(x.new_empty(0) if v is None else torch.empty_like(v) for v in vectors),
-        weight1.new_empty(sum(w.numel() for w in weights if w is not None)),
+    dweight1, dbias1, dweight2, dbias2 = (
+        x.new_empty(0) if v is None else torch.empty_like(v) for v in vectors
     )
+    dweights = weight1.new_empty(sum(w.numel() for w in weights if w is not None))
+    return torch.empty_like(x), dweight1, dbias1, dweight2, dbias2, dweights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -93,20 +93,26 @@ class PreActUnit(nn.Module):
             and (shortcut is None or isinstance(shortcut, nn.Conv2d | PadShortcut))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, OH, OW]."""
-        return self.with_moments(x, None)[0]
+    def forward(
+        self, x: Tensor, moments: BatchMoments | None = None, with_moments: bool = False
+    ) -> Tensor | tuple[Tensor, BatchMoments | None]:
+        """[N, C, H, W] to [N, K, OH, OW].
 
-    def with_moments(
-        self, x: Tensor, moments: BatchMoments | None
-    ) -> tuple[Tensor, BatchMoments | None]:
-        """y, and its moments for the next unit, as this one takes those of x; None: unknown."""
+        Args:
+            moments: those of x, from the unit that made it; None: a kernel more takes them.
+            with_moments: return y and its moments, for the next unit, or None where there are none.
+        """
         if self.whole and takes_kernels(x):
-            return self._fused(x, moments)
-        return self._by_layers(x), None
+            y, moments = self._fused(x, moments, with_moments and self.training)
+        else:
+            y, moments = self._by_layers(x), None
+        return (y, moments) if with_moments else y
 
-    def _fused(self, x: Tensor, moments: BatchMoments | None) -> tuple[Tensor, BatchMoments | None]:
-        drop, options = self.drop, {}
+    def _fused(
+        self, x: Tensor, moments: BatchMoments | None, with_moments: bool
+    ) -> tuple[Tensor, BatchMoments | None]:
+        drop = self.drop
+        options: dict[str, Any] = {}
         if drop is not None and self.training and drop.p > 0:
             N = x.shape[0]
             if drop.mode == "subset":
@@ -129,7 +135,7 @@ class PreActUnit(nn.Module):
         return preact_unit(
             x, Norm.of(self.bn1), self.conv1.weight, Norm.of(self.bn2), self.conv2.weight,
             self._shortcut_weight(x), self.conv1.stride[0], moments=moments,
-            with_moments=self.training, **options,
+            with_moments=with_moments, **options,
         )  # fmt: skip
 
     def _shortcut_weight(self, x: Tensor) -> Tensor | None:
