@@ -114,10 +114,15 @@ def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return block_c, block_k, taps * triton.cdiv(C, block_c), triton.cdiv(K, block_k)
 
 
-def slab_chunks(weight: torch.Tensor) -> int:
-    """How many chunks the slab of a weight has, whatever the number of pixels."""
+def slab_chunks(weight: torch.Tensor, M: int, dtype: torch.dtype) -> int:
+    """How many chunks of a convolution's M output pixels have a product of their own in the slab.
+
+    No more than there are tiles: a slab is written and read, whatever the batch.
+    """
     _, _, rows, columns = blocks(weight)
-    return max(PROGRAMS // (rows * columns), 1)
+    tiles = triton.cdiv(M, rows_of(dtype))
+    each = triton.cdiv(tiles, max(PROGRAMS // (rows * columns), 1))
+    return triton.cdiv(tiles, each)
 
 
 def conv_wgrad(

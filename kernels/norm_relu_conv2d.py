@@ -102,7 +102,8 @@ def norm_relu_conv2d_bwd(
     N, C, H, W = x.shape
     norm = Norm(Stats(mean, var, rows=N * H * W), norm_weight, norm_bias, eps, training)
     into, out = Input(x, None, norm), Output(as_nhwc(dy), scale=scale, row_scale=row_scale)
-    slab = dy.new_empty(slab_chunks(weight), weight.numel(), dtype=torch.float32)
+    P = slab_chunks(weight, dy.numel() // dy.shape[1], x.dtype)
+    slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
     dweight = torch.empty_like(weight)
     dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
     dz, sums = conv_dgrad(into, out, weight, stride, N)

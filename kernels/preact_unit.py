@@ -166,7 +166,8 @@ def preact_unit_bwd(
     dnorm = [empty_like_or_none(p) for p in (*norm1, *norm2)]
     sizes = [w.numel() for w in (weight1, weight2, shortcut_weight) if w is not None]
     dweight = weight1.new_empty(sum(sizes))
-    slab = dweight.new_empty(slab_chunks(weight2), dweight.numel(), dtype=torch.float32)
+    P = slab_chunks(weight2, dy.numel() // dy.shape[1], x.dtype)
+    slab = dweight.new_empty(P, dweight.numel(), dtype=torch.float32)
 
     into2, out2 = Input(h, None, second), Output(dy, index, scale, row_scale)
     dz2, sums2 = conv_dgrad(into2, out2, weight2, 1, branch)
