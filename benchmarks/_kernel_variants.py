@@ -251,6 +251,9 @@ def preact_unit_variants(dtype: torch.dtype) -> list[Variant]:
     for stride, kind in itertools.product((1, 2), ("eval", "row", "subset")):
         name = f"C=16 stride {stride} {kind}"
         _preact_unit_step(found, name, (128, 16, 32, 32), dtype, stride, kind)
+    for C, stride in ((64, 1), (64, 2), (512, 1)):
+        name = f"C={C} stride {stride} meprop"
+        _preact_unit_step(found, name, (128, C, 8, 8), dtype, stride, "meprop")
     return found
 
 
@@ -258,13 +261,14 @@ def _preact_unit_step(
     into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     stride: int, kind: str = "",
 ) -> None:  # fmt: skip
-    """kind: "eval", "row" or "subset" (of half the samples); otherwise a step of training."""
+    """kind: "eval", "row", "subset" (of half the samples), "meprop" (a quarter of the channels)."""
     N, C, H, W = shape
     K, kept, trains = C * stride, N // 2, kind != "eval"
     x, c, k = _empty(shape, dtype), _empty((C,), torch.float32), _empty((K,), torch.float32)
     weight1, weight2 = (_empty((K, i, 3, 3), torch.float32) for i in (C, K))
     projection = _empty((K, C, 1, 1), torch.float32) if stride > 1 else None
     index = position = row_scale = None
+    kept_channels = K // 4 if kind == "meprop" else K
     if kind == "subset":
         index, position = _empty((kept,), torch.int64), _empty((N,), torch.int64)
     if kind == "row":
@@ -285,6 +289,7 @@ def _preact_unit_step(
         preact_unit.preact_unit_bwd(
             y, x, h, index, position, (c, c), (c, c), weight1, (k, k), (k, k), weight2,
             projection, row_scale, 2.0, stride, (1e-5, 1e-5), (trains, trains),
+            (kept_channels,) * 3,
         )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ calls are counted as they are dispatched (_step_count.py says how). It is the se
 counts: the first makes the optimizer's buffers.
 
 "fused units" is "fused" with each residual unit as one op. One pass is the bytes of all
-convolutions' outputs but the projections', in the dtype that the step runs in. At a small batch the
-partial sums and the slabs of the weights' gradients, which hardly grow with it, weigh more. Reads count each address once a launch; "again" is what a kernel loads beyond that, and
-leaves to the caches. What differs on a GPU: autocast's lists for the loss, and what cuDNN does
-inside one call.
+convolutions' outputs but the projections', in the dtype that the step runs in. Reads count each
+address once a launch; "again" is what a kernel loads beyond that, and leaves to the caches. At a
+small batch the partial sums and the slabs of the weights' gradients, which hardly grow with it,
+weigh more. What differs on a GPU: autocast's lists for the loss, and what cuDNN does inside one
+call.
 
 torch.compile is left out: what Inductor fuses for a CPU is not what it fuses for a GPU.
 """

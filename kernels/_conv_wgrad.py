@@ -14,6 +14,7 @@ import triton.language as tl
 from ._conv import (
     BLOCK_P,
     block_of,
+    channels_at,
     operand,
     pixels,
     product,
@@ -34,11 +35,12 @@ BLOCK_C = 32
 @triton.jit
 def _norm_relu_conv2d_wgrad_kernel(
     g_ptr, g_index_ptr, h_ptr, h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, row_scale_ptr,
+    order_ptr,
     x_ptr, x_index_ptr, mean_ptr, var_ptr, norm_weight_ptr, norm_bias_ptr, slab_ptr,
     M, CHUNK, H_ROWS, H_P, eps, h_eps, scale, slab_stride,
     weight_stride_k, weight_stride_c, weight_stride_h, weight_stride_w,
-    C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
-    STRIDE: tl.constexpr, TRAINING: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    TAPS: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A chunk's a^T g for one row of taps, in fp32, at slab[chunk] as the weight lies in memory.
@@ -52,8 +54,10 @@ def _norm_relu_conv2d_wgrad_kernel(
     pid = tl.program_id(0)
     tap_row = tl.program_id(1) % TAPS
     c = tl.program_id(1) // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c_ok, k_ok = c < C, k < K
+    k_start = tl.program_id(2) * BLOCK_K
+    lanes = k_start + tl.arange(0, BLOCK_K)
+    c_ok, k_ok = c < C, lanes < KEPT
+    k = channels_at(order_ptr, lanes, lanes < K)
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
     a_scale, a_bias = scale_and_bias(norm_weight_ptr, norm_bias_ptr, rstd_of(var, eps), c, c_ok)
@@ -68,6 +72,9 @@ def _norm_relu_conv2d_wgrad_kernel(
     centre = left
     right = left
     end = tl.minimum((pid + 1) * CHUNK, M)
+    if KEPT < K:
+        # Of channels that are not kept the products are zeros.
+        end = tl.where(k_start < KEPT, end, 0)
     for m_start in tl.range(pid * CHUNK, end, BLOCK_M, num_stages=1):
         first, n, out_y, out_x, ok = tile_pixels(m_start, end, OW, S, BLOCK_M)
         g_base, g_samples = samples_at(g_ptr, g_index_ptr, first, n, ok, S * K)
@@ -100,7 +107,7 @@ def _norm_relu_conv2d_wgrad_kernel(
                 right = product(a, g, right)
     slab_ptr += pid.to(tl.int64) * slab_stride + tap_row * weight_stride_h
     at = c[:, None] * weight_stride_c + k[None, :] * weight_stride_k
-    ck_ok = c_ok[:, None] & k_ok[None, :]
+    ck_ok = c_ok[:, None] & (lanes < K)[None, :]
     tl.store(slab_ptr + at, left, mask=ck_ok)
     if TAPS == 3:
         tl.store(slab_ptr + weight_stride_w + at, centre, mask=ck_ok)
@@ -144,10 +151,12 @@ def conv_wgrad(
     cut = pixels(samples * OH * OW, rows_of(into.x.dtype), P=slab.shape[0])
     launch(
         _norm_relu_conv2d_wgrad_kernel, (cut.P, rows, columns),
-        *out.tensors, out.row_scale, into.x, into.index, *into.norm.vectors, slab[:, start:],
+        *out.tensors, out.row_scale, out.order,
+        into.x, into.index, *into.norm.vectors, slab[:, start:],
         cut.M, cut.chunk, *out.numbers[:2], into.norm.eps, out.numbers[2], out.scale,
         slab.stride(0), *weight.stride(),
-        C=C, K=K, H=H, W=W, TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
+        C=C, K=K, KEPT=out.inner, H=H, W=W,
+        TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
         BLOCK_M=cut.BLOCK_M, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_P=BLOCK_P,
         num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -154,9 +154,8 @@ class Config:
         fine = every is None or 2 <= every <= most
         need(fine, "meprop_dense_every", f"2 or more, and the {most} epochs after the dense ones")
         pure = self.precision == "pure-fp16"
-        units = self.fused and self.block == "preact" and ratio is None
-        wants = "--fused beside it, --block preact and no --meprop-ratio"
-        need(not self.fused_units or units, "fused_units", wants)
+        units = self.fused and self.block == "preact"
+        need(not self.fused_units or units, "fused_units", "--fused and --block preact beside it")
         need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
         need(not pure or sgd, "precision", "--optimizer sgd beside it, which has fp32 masters")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")

@@ -137,8 +137,8 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"drop_schedule: expected 'uniform' or 'linear', got {drop_schedule!r}"
             )
-        if fused_units and not (fused and block == "preact" and meprop_ratio is None):
-            raise ValueError("fused_units: expected with fused, block 'preact' and no meprop_ratio")
+        if fused_units and not (fused and block == "preact"):
+            raise ValueError("fused_units: expected with fused and block 'preact'")
         check_drop(drop_prob, drop_mode)
         norm_relu = BatchNormReLU2d if fused else PlainBatchNormReLU2d
         preact = block == "preact"
