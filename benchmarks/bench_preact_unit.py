@@ -47,7 +47,8 @@ def make_inputs(
     N: int, C: int, H: int, stride: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreActUnit, Tensor, Tensor]:
     """A unit, x and dy."""
-    unit = PreActUnit(C, C * stride, stride).to(device, memory_format=torch.channels_last)
+    unit = PreActUnit(C, C * stride, stride).to(device)
+    unit.to(memory_format=torch.channels_last)
     for bn in (unit.bn1, unit.bn2):
         torch.nn.init.uniform_(bn.weight, 0.5, 1.5)
         torch.nn.init.normal_(bn.bias)
@@ -63,10 +64,10 @@ def make_inputs(
 class _UnderAutocast(nn.Module):
     def __init__(self, unit: Callable[..., Any], half: bool) -> None:
         super().__init__()
-        self.unit, self.half = unit, half
+        self.unit, self.enabled = unit, half
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=x.dtype, enabled=self.half):
+        with torch.autocast(x.device.type, dtype=x.dtype, enabled=self.enabled):
             return self.unit(x)
 
 
@@ -77,7 +78,7 @@ def providers(unit: PreActUnit, half: bool) -> dict[str, Op]:
         conv = unit.conv1
         other = PreActUnit(conv.in_channels, conv.out_channels, conv.stride[0], **how)
         other.load_state_dict(unit.state_dict())
-        return other.to(conv.weight.device, memory_format=torch.channels_last)
+        return other.to(conv.weight.device).to(memory_format=torch.channels_last)
 
     plain = alike(norm_relu=PlainBatchNormReLU2d, whole=False)
     made: dict[str, Any] = {"fastres": unit, "layers": alike(whole=False), "eager": plain}

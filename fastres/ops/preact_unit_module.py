@@ -141,10 +141,11 @@ class PreActUnit(nn.Module):
 
     def _kept(self) -> list[int] | None:
         """Channels by which meProp's backward goes, of each convolution; None: all of all."""
-        projects = isinstance(self.shortcut, nn.Conv2d)
-        convs = [self.conv1, self.conv2, self.shortcut if projects else self.conv2]
-        kept = [kept_channels(conv) for conv in convs]
-        return kept if min(kept) < self.conv1.out_channels else None
+        K = self.conv1.out_channels
+        kept = [kept_channels(self.conv1), kept_channels(self.conv2), K]
+        if isinstance(self.shortcut, nn.Conv2d):
+            kept[2] = kept_channels(self.shortcut)
+        return kept if min(kept) < K else None
 
     def _shortcut_weight(self, x: Tensor) -> Tensor | None:
         if isinstance(self.shortcut, nn.Conv2d):
