@@ -243,17 +243,13 @@ def meprop_variants(dtype: torch.dtype) -> list[Variant]:
 
 def preact_unit_variants(dtype: torch.dtype) -> list[Variant]:
     found: list[Variant] = []
-    stages = [(C, 512 // C, stride) for C in (16, 32, 64) for stride in (1, 2)]
-    # ResNet-20's units; then what its widths do not meet: masked, and several, blocks of channels.
-    for C, side, stride in [*stages, (48, 7, 1), (128, 8, 1), (128, 8, 2), (512, 7, 1)]:
+    # ResNet-20's units; then several blocks of channels, masked and on both sides of a product.
+    shapes = [(16, 32, 1), (16, 32, 2), (32, 16, 1), (32, 16, 2), (64, 8, 1)]
+    for C, side, stride in [*shapes, (48, 7, 1), (128, 8, 2)]:
         name = f"C={C} {side}x{side} stride {stride}"
         _preact_unit_step(found, name, (128, C, side, side), dtype, stride)
-    for stride, kind in itertools.product((1, 2), ("eval", "row", "subset")):
-        name = f"C=16 stride {stride} {kind}"
-        _preact_unit_step(found, name, (128, 16, 32, 32), dtype, stride, kind)
-    for C, stride in ((64, 1), (64, 2), (512, 1)):
-        name = f"C={C} stride {stride} meprop"
-        _preact_unit_step(found, name, (128, C, 8, 8), dtype, stride, "meprop")
+    for kind in ("eval", "row", "subset", "meprop"):
+        _preact_unit_step(found, f"C=32 stride 2 {kind}", (128, 32, 16, 16), dtype, 2, kind)
     return found
 
 
