@@ -14,7 +14,15 @@ from train.tiny_growths import TINY, grow, growth_of, lines, silent
 from train.tiny_runs import same, weights_of
 from unit_trainer import UnitTrainer
 
-from fastres.boost import Boosting, Verdict, boosting_loss, outputs, training_costs, weak_unit
+from fastres.boost import (
+    Boosting,
+    FeatureCache,
+    Verdict,
+    boosting_loss,
+    outputs,
+    training_costs,
+    weak_unit,
+)
 
 pytestmark = pytest.mark.usefixtures("native_path")
 
@@ -66,7 +74,7 @@ def test_resume_goes_on_bitwise(grown: Path, tmp_path: Path) -> None:
     a, b = (checkpoint.load(out / "checkpoint.pt")["boosting"] for out in (tmp_path, grown))
     assert torch.equal(a.pop("state"), b.pop("state"))
     assert torch.equal(a.pop("contribution"), b.pop("contribution")) and a == b
-    times = {"seconds", "training_seconds", "cache_seconds", "memory_bytes"}
+    times = {"seconds", "training_seconds", "cache_seconds", "evaluation_seconds", "memory_bytes"}
     for x, y in zip(lines(tmp_path / "metrics.jsonl"), lines(grown / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in x.items() if k not in times} == {
             k: v for k, v in y.items() if k not in times
@@ -138,7 +146,10 @@ def test_a_method_grows_and_resumes_bitwise(flags: list[str], tmp_path: Path) ->
 def test_features_on_disk_are_those_in_memory(grown: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     flags = ["--cache-host-gb", "0", "--cache-device-gb", "0", "--cache-dir", str(cache)]
-    grow(tmp_path / "out", *flags, "--no-refine")
+    with pytest.MonkeyPatch.context() as patch:
+        # By the thread that fetches ahead, and by it alone.
+        patch.setattr(FeatureCache, "take", lambda *_: pytest.fail("fetched by the training loop"))
+        grow(tmp_path / "out", *flags, "--no-refine")
     assert same(weights_of(tmp_path / "out"), weights_of(grown))
     places = [unit["cache_place"] for unit in lines(tmp_path / "out" / "metrics.jsonl")]
     assert places[:2] == ["disk", "disk"] and not list(cache.iterdir())
