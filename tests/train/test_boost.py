@@ -114,7 +114,7 @@ def test_refinement_begins_with_the_grown_network(grown: Path, tmp_path: Path) -
     "flags",
     [
         ["--features", "fresh"],
-        ["--boost-loss", "cost"],
+        ["--boost-loss", "exp"],
         ["--precision", "fp16"],
         ["--precision", "bf16", "--cache-precision", "fp32"],
         ["--precision", "pure-fp16"],

@@ -70,7 +70,7 @@ def test_another_growth_in_the_folder_is_left_alone(
     # What a growth keeps where, and on what, is no other growth.
     path.write_text(json.dumps(config | {"cache_dir": "there", "cache_host_gb": 1.0}))
     assert main([*FLAGS, "--out", str(tmp_path)]) == 0
-    for key, value in (("unit_epochs", 7), ("boost_loss", "cost"), ("zero_init", False)):
+    for key, value in (("unit_epochs", 7), ("boost_loss", "exp"), ("zero_init", False)):
         path.write_text(json.dumps(config | {key: value}))
         assert main([*FLAGS, "--out", str(tmp_path)]) == 2
         said, flag = capsys.readouterr().err, "--" + key.replace("_", "-")
