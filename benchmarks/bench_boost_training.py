@@ -44,7 +44,7 @@ _PLAIN = Recipe("plain", "Trained end to end as long", {})
 # Epochs by which it is seen how long one takes; the first warms up.
 _TRIAL = 3
 # Points of a curve over the epochs of a training, more or less.
-_POINTS = 12
+_POINTS = 8
 _ACCURACIES = ("train_accuracy", "dev_accuracy", "test_accuracy")
 _OF_A_UNIT = ("unit", "edge", "gamma", "alpha", "bound", "attempts", "seconds", *_ACCURACIES)
 # Of a run's settings, those that say where it lies, and those that a row has.
