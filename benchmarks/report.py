@@ -25,7 +25,7 @@ _RESULTS = Path(__file__).parent / "results"
 _BEGIN = "<!-- figures: written by python benchmarks/report.py --write -->"
 _END = "<!-- end of figures -->"
 # The plots that README shows.
-_SEEN = ("step-", "roofline-", "growth-")
+_SEEN = ("step-", "roofline-", "growth-", "boost_by_time-")
 
 
 def _spread(row: Row) -> str:
@@ -140,6 +140,47 @@ def _accuracies(**wanted: Any) -> Callable[[list[Row]], str | None]:
     return figure
 
 
+def _boost_steps(depth: int) -> Callable[[list[Row]], str | None]:
+    """Of the units' steps the least and the most, beside the whole network's: time and memory."""
+
+    def figure(rows: list[Row]) -> str | None:
+        size = {"depth": depth, "batch_size": 128, "width": 16}
+        whole = pick(rows, provider="end to end", **size)
+        units = [row for row in rows if row["provider"] == "unit" and "median_ms" in row]
+        units = [row for row in units if size.items() <= row.items()]
+        if whole is None or not units:
+            return None
+        words = []
+        for key, unit, per in (("median_ms", "ms", 1), ("peak_memory_bytes", "MB", 1e6)):
+            least, most = (f(row[key] for row in units) / per for f in (min, max))
+            words.append(f"{least:.3g} to {most:.3g} {unit} of {whole[key] / per:.3g}")
+        return f"{' and '.join(words)} ({_spread(whole)})"
+
+    return figure
+
+
+def _features(rows: list[Row]) -> str | None:
+    return "; ".join(
+        f"{row['place']}{', fetched ahead' * row['ahead']}: {row['gb_per_s']:.2f} GB/s, "
+        f"{row['images_per_second']:,.0f} images/s ({_spread(row)})"
+        for row in rows if row["provider"] == "cache" and "gb_per_s" in row
+    ) or None  # fmt: skip
+
+
+def _as_long(rows: list[Row]) -> str | None:
+    """Of a growth, of its end, and of plain training: means over the seeds."""
+    done = [row for row in rows if "test_accuracy" in row]
+    words = []
+    for name in dict.fromkeys(row["provider"] for row in done):
+        mine = [row for row in done if row["provider"] == name]
+        train, test = (_mean([r[f"{key}_accuracy"] for r in mine], 1) for key in ("train", "test"))
+        minutes = _mean([row["training_seconds"] / 60 for row in mine], 1)
+        words.append(f"{name}: train {train} %, test {test} % in {minutes} min")
+    seeds = len({row["seed"] for row in done})
+    images = {f"{row['train_images']:,} images" for row in done}
+    return f"{'; '.join(words)} ({', '.join(sorted(images))}, n = {seeds})" if words else None
+
+
 def _mean(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
@@ -232,6 +273,21 @@ HEADLINES = (
     Headline(
         "meProp unified, the original's MLP (784-8192-8192-10, batch 50, fp32): backward over the "
         "dense one", "meprop_mlp", _mlp, "bench_meprop_mlp.py",
+    ),
+    *(
+        Headline(
+            f"BoostResNet, depth {depth}, batch 128: the step of a unit, of that end to end; time "
+            "and peak memory", "boost", _boost_steps(depth), "bench_boost.py",
+        )
+        for depth in (20, 56, 122)
+    ),
+    Headline(
+        "BoostResNet's cached features, 16×32×32 an image, batches of 128 in random order",
+        "boost", _features, "bench_boost.py",
+    ),
+    Headline(
+        "BoostResNet, depth 20, beside plain training for as long", "boost_training", _as_long,
+        "bench_boost_training.py --folder DIR",
     ),
     Headline(
         "Table 1, depth 20, 200 epochs: test accuracy and time of training († emulated workers)",

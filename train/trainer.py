@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -254,6 +254,15 @@ class Trainer(ImageView):
                 self.micro_batches.settle(stepped)
             return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
 
+    def batches(self, epoch: int) -> Generator[Tensor, None, None]:
+        """The images of each step of an epoch, this process's share of them, in turn."""
+        config, workers = self.config, self.workers
+        share = config.batch_size // workers.world_size
+        order = shuffle(len(self.data.train), config.seed, epoch, workers.device)
+        for i in range(self.steps_per_epoch):
+            first = i * config.batch_size + workers.rank * share
+            yield order[first : first + share]
+
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
 
@@ -262,7 +271,6 @@ class Trainer(ImageView):
                 at once.
         """
         config, workers = self.config, self.workers
-        share = config.batch_size // workers.world_size
         self.network.train()
         dense = meprop_is_dense(
             self.epoch,
@@ -271,26 +279,24 @@ class Trainer(ImageView):
         )
         self.model.set_meprop(sparse=not dense)
         start = time.perf_counter()
-        order = shuffle(len(self.data.train), config.seed, self.epoch, workers.device)
         # Of the losses: their sum and their number. Of the steps: those that were skipped.
         total, counted, skipped = torch.zeros(3, dtype=torch.float64, device=workers.device)
-        for i in range(self.steps_per_epoch):
-            first = i * config.batch_size + workers.rank * share
-            loss, stepped = self.train_step(
-                order[first : first + share], self.epoch * self.steps_per_epoch + i
-            )
-            if stepped is None:
-                total += loss
-                counted += 1
-            else:
-                # A loss that overflowed has no part in the mean, as it had none in the weights.
-                finite = loss.isfinite()
-                total += torch.where(finite, loss, 0.0)
-                counted += finite
-                skipped += ~stepped
-                if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
-                    self._see_that_steps_are_taken()
-            progress.step()
+        with contextlib.closing(self.batches(self.epoch)) as batches:
+            for i, index in enumerate(batches):
+                step = self.epoch * self.steps_per_epoch + i
+                loss, stepped = self.train_step(index, step)
+                if stepped is None:
+                    total += loss
+                    counted += 1
+                else:
+                    # A loss that overflowed has no part in the mean, as it had none in the weights.
+                    finite = loss.isfinite()
+                    total += torch.where(finite, loss, 0.0)
+                    counted += finite
+                    skipped += ~stepped
+                    if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
+                        self._see_that_steps_are_taken()
+                progress.step()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
         for t in (*self.model.parameters(), *self.model.buffers()):
             total += 0.0 * t.detach().double().sum()
