@@ -127,6 +127,12 @@ def tensors(case: Case, device: str) -> Given:
     }
 
 
+def tensor_of(t: Given, name: str) -> Tensor:
+    v = t[name]
+    assert v is not None, name
+    return v
+
+
 def double(t: Given) -> Given:
     """In fp64, but for whole numbers."""
     return {n: v.double() if v is not None and v.is_floating_point() else v for n, v in t.items()}
@@ -293,9 +299,7 @@ def _peer_mask(case: Case, given: Given) -> Tensor:
         t["running_mean"], t["running_var"], t["norm_weight"], t["norm_bias"], case.training,
         case.momentum, case.eps,
     )  # fmt: skip
-    x = t["x"]
-    assert x is not None
-    return ~(norm_relu_reference(x, norm) <= 0)
+    return ~(norm_relu_reference(tensor_of(t, "x"), norm) <= 0)
 
 
 def check(case: Case, device: str, op: Callable[..., Tensor] = norm_relu_conv2d) -> None:
@@ -304,8 +308,7 @@ def check(case: Case, device: str, op: Callable[..., Tensor] = norm_relu_conv2d)
     with Watch("norm_relu_conv2d") as seen:
         got = run(op, case, given)
     peer = run(norm_relu_conv2d_reference, case, plain(given))
-    x = given["x"]
-    assert x is not None
+    x = tensor_of(given, "x")
     if x.numel() == 0:
         for name in got:
             assert torch.equal(got[name], peer[name]), name

@@ -23,6 +23,7 @@ from ops.norm_relu_conv2d_equality import (
     gradients,
     leaves_of,
     mask_of,
+    tensor_of,
 )
 from tolerances import EPS, EPSILONS
 from torch import Tensor
@@ -161,19 +162,13 @@ def run(
     if not fused:
         y = op(*args, **options)
     else:
-        x = _tensor(t, "x")
+        x = tensor_of(t, "x")
         given_moments = moments_of(x.detach()) if case.moments and takes_kernels(x) else None
         y, moments = op(*args, t["position"], given_moments, case.moments)
         if moments is not None:
             check_moments(y.detach(), moments)
     results = {"y": y.detach()} | gradients(y, leaves, t["dy"])
     return results | {name: v for name in RUNNING if (v := t[name]) is not None}
-
-
-def _tensor(t: Given, name: str) -> Tensor:
-    v = t[name]
-    assert v is not None
-    return v
 
 
 def check_moments(y: Tensor, moments: BatchMoments) -> None:
@@ -253,7 +248,7 @@ def exact(case: Case, given: Given, own: Own, noise: Noise | None = None) -> dic
     t = double(plain(given))
     rough = dict(t)
     if noise is not None:
-        rough["dy"] = noise(_tensor(t, "dy"), stored=True)
+        rough["dy"] = noise(tensor_of(t, "dy"), stored=True)
 
     def op(x: Tensor, norm1: Norm, *args: Any) -> Tensor:
         weight1, norm2, weight2, shortcut_weight, *others = args
@@ -286,7 +281,7 @@ def check(case: Case, device: str, op: Callable[..., Any] = preact_unit) -> None
     left = _left(given)
     if left is not None and not case.project:
         for name, source in (("y", "x"), ("dx", "dy")):
-            if not torch.equal(got[name][left], _tensor(given, source)[left]):
+            if not torch.equal(got[name][left], tensor_of(given, source)[left]):
                 raise AssertionError(f"{name} is off where no sample took the branch, for {case}")
 
 

@@ -13,11 +13,11 @@ from ops.norm_relu_conv2d_equality import (
     VALUES,
     WEIGHT_LAYOUTS,
     Case,
-    Given,
     check,
     few_programs,
     run,
     small_tiles,
+    tensor_of,
     tensors,
 )
 from tolerances import GRADCHECK_ATOL
@@ -150,9 +150,7 @@ def test_nan_and_inf_pass_as_in_pytorch(device: str, bad: float, training: bool)
     case = Case(shape=(2, 16, 5, 4), K=16, residual_layout="nhwc", training=training, momentum=1.0)
     for name in ("x", "residual", "dy"):
         given_ = tensors(case, device)
-        t = given_[name]
-        assert t is not None
-        t[1, 3, 2, 1] = bad
+        tensor_of(given_, name)[1, 3, 2, 1] = bad
         with few_programs():
             got = run(norm_relu_conv2d, case, given_)
         want = run(norm_relu_conv2d_reference, case, given_)
@@ -210,8 +208,7 @@ class _Saved:
 def test_saves_x_the_weight_and_vectors(device: str, training: bool) -> None:
     case = Case(shape=(4, 16, 6, 8), training=training, residual_layout="nhwc", row_scale=True)
     given_, saved = tensors(case, device), _Saved()
-    x, weight = given_["x"], given_["weight"]
-    assert x is not None and weight is not None
+    x, weight = tensor_of(given_, "x"), tensor_of(given_, "weight")
     with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t), few_programs():
         run(norm_relu_conv2d, case, given_)
     large = [t.data_ptr() for t in saved.tensors if t.numel() > 16]
@@ -269,9 +266,8 @@ def test_native_path_passes_gradcheck(native: None) -> None:
 
 def test_gradients_accumulate(path: str, device: str) -> None:
     case = Case(shape=(2, 16, 3, 3), K=16, taps=1)
-    given_: Given = {n: None if v is None else v.detach() for n, v in tensors(case, device).items()}
-    x, weight, dy = given_["x"], given_["weight"], given_["dy"]
-    assert x is not None and weight is not None and dy is not None
+    given_ = tensors(case, device)
+    x, weight, dy = (tensor_of(given_, name) for name in ("x", "weight", "dy"))
     leaf = weight.clone().requires_grad_()
     grads = []
     for _ in range(2):
