@@ -342,7 +342,7 @@ def small_tiles() -> Iterator[None]:
             "_conv": {"BLOCK_M": 64, "MAX_CHUNKS": 3, "BLOCK_C": 32} | shared,
             "_conv_forward": shared,
             "_conv_dgrad": shared,
-            "_conv_wgrad": {"PROGRAMS": 18, "BLOCK_C": 16} | shared,
+            "_conv_wgrad": {"PROGRAMS": 9, "BLOCK_C": 16} | shared,
             "_conv_dx": {"BLOCK_C": 16, "BLOCK": 512} | shared,
             "_moments": {"MAX_CHUNKS": 3, "MERGE_BLOCK_C": 16} | shared,
             "_tiles": {"TILE": 512, "MAX_PROGRAMS": 4},
