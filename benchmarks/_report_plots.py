@@ -8,6 +8,7 @@ import matplotlib
 from _report_tables import File, largest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def draw_all(files: list[File], folder: Path) -> list[Path]:
@@ -135,9 +136,55 @@ def op_bars(axes: Axes, file: File) -> bool:
     return bool(cases)
 
 
+def boost_by_unit(axes: Axes, file: File) -> bool:
+    """Edge and accuracies of each unit of a growth, a line for each seed."""
+    rows = [row for row in file.rows if row.get("by_unit")]
+    for i, row in enumerate(rows):
+        units = [unit["unit"] for unit in row["by_unit"]]
+        for key, color in _ACCURACIES.items():
+            label = "" if i else key.removesuffix("_accuracy")
+            values = [unit[key] for unit in row["by_unit"]]
+            axes.plot(units, values, color=color, marker=".", label=label)
+        edges = [100 * unit["edge"] for unit in row["by_unit"]]
+        axes.plot(units, edges, color="0.5", linestyle=":", label="" if i else "100 × edge γ̃")
+    axes.set(xlabel="unit", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("BoostResNet: accuracy by unit, before the training end to end")
+    axes.legend(fontsize=7)
+    return bool(rows)
+
+
+def boost_by_time(axes: Axes, file: File) -> bool:
+    """Accuracies by the time of training: boosting, growth and end to end, and plain training."""
+    rows = [row for row in file.rows if row.get("curve") and not row.get("by_unit")]
+    seen = set()
+    for row in rows:
+        minutes = [point["seconds"] / 60 for point in row["curve"]]
+        plain = row["provider"] == "plain"
+        for key in ("train_accuracy", "test_accuracy"):
+            name = f"{row['provider']}, {key.removesuffix('_accuracy')}"
+            axes.plot(
+                minutes, [point[key] for point in row["curve"]], "--" if plain else "-",
+                color=_ACCURACIES[key], alpha=0.6 if plain else 1.0, marker=".",
+                label="" if name in seen else name,
+            )  # fmt: skip
+            seen.add(name)
+        if not plain:
+            # Where the growth ends.
+            axes.axvline(minutes[row["units"] - 1], color="0.7", linewidth=0.8)
+    axes.set(xlabel="minutes of training", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_title("BoostResNet beside plain training for as long; the growth ends at the line")
+    axes.legend(fontsize=7, loc="lower right")
+    return bool(rows)
+
+
+_ACCURACIES = {
+    "train_accuracy": "tab:blue", "dev_accuracy": "tab:green", "test_accuracy": "tab:orange",
+}  # fmt: skip
 _Plot = Callable[[Axes, File], bool]
 _OPS = ("augment", "batch_norm_relu", "stochastic_depth_add", "unscale", "cast", "sgd_step")
 _PLOTS: dict[str, dict[str, _Plot]] = {
     "step": {"step": step_bars, "roofline": roofline, "growth": growth},
     **{op: {op: op_bars} for op in _OPS},
+    "boost_training": {"boost_by_unit": boost_by_unit, "boost_by_time": boost_by_time},
 }

@@ -6,7 +6,8 @@ python benchmarks/bench_training.py                          the quick table of 
 
 --table takes the flags of train/table.py. Where they name an --out, what that has trained is not
 trained again; without one the runs lie beside --json FILE. A rate is the median over the epochs
-after the first, which warms up.
+after the first, which warms up. Of boostresnet there is a row at its end and one when it is grown,
+before its training end to end.
 """
 
 import dataclasses
@@ -26,9 +27,11 @@ from _sheet import Sheet
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
 import records  # noqa: E402  # found by the line above
+from boost_records import REFINED  # noqa: E402  # as above
 from config import parse_as, to_flags  # noqa: E402  # as above
 from errors import TrainError  # noqa: E402  # as above
 from table import TableConfig, asked_for, check, every_row, plan  # noqa: E402  # as above
+from table_files import GROWN, before_refinement  # noqa: E402  # as above
 from table_runs import Run  # noqa: E402  # as above
 
 _SMALL = ["--quick", "--depth", "8", "--train-size", "256", "--epochs", "1"]
@@ -54,14 +57,15 @@ def settings(args: Any) -> TableConfig:
 
 
 def bench(config: TableConfig, sheet: Sheet) -> dict[str, Any]:
-    """A row for each run; config: with a folder for them."""
+    """A row for each run, and one for each growth in it; config: with a folder for them."""
     runs = plan(config, asked_for(config, every_row(config)), config.all_seeds)
     check(config, runs)
     images = config.data_dir.name if config.data_dir else config.dataset
-    for run in runs:
+    points = [(run, when) for run in runs for when in _points(run)]
+    for run, when in points:
         settings = {k: v for k, v in run.settings.items() if k not in _WHERE}
         about = {
-            "provider": run.recipe.name,
+            "provider": run.recipe.name + (f" ({when})" if when else ""),
             "seed": run.seed,
             "images": images,
             "processes": run.processes,
@@ -69,28 +73,44 @@ def bench(config: TableConfig, sheet: Sheet) -> dict[str, Any]:
         }
         if sheet.known(about) or not sheet.has(20, about, f"training {run.recipe.name}"):
             continue
-        sheet.add([measured(about, partial(figures, run))])
+        sheet.add([measured(about, partial(figures, run, when, config.all_epochs))])
     return {"rows": sheet.rows}
 
 
-def figures(run: Run) -> Row:
-    """Train, unless that has been done, and read what the run wrote."""
+def _points(run: Run) -> tuple[str, ...]:
+    """Where in a run there is something to measure: at its end, and before it."""
+    return (GROWN, "") if run.recipe.program == "boost.py" else ("",)
+
+
+def figures(run: Run, when: str, epochs: int) -> Row:
+    """Train, unless that has been done, and read what the run wrote.
+
+    epochs: of the table's other rows; of a growth, which divides them, the row says more.
+    """
     failure = run.train() if run.summary() is None else None
     summary = run.summary()
     if summary is None:
         raise RuntimeError(failure)
-    epochs = [json.loads(line) for line in (run.out / records.METRICS).open()]
-    rates = [epoch["images_per_second"] for epoch in epochs[1:] or epochs]
+    divided: Row = {}
+    out = run.out
+    if "units" in summary:
+        divided = {"units": summary["units"], "unit_epochs": summary["config"]["unit_epochs"]}
+        divided["end_to_end_epochs"] = 0 if when else summary["epochs"]
+        out = run.out if when else run.out / REFINED
+        summary = (before_refinement(summary) if when else summary) | {"epochs": epochs}
+    done = [json.loads(line) for line in (out / records.METRICS).open()]
+    rates = [epoch["images_per_second"] for epoch in done[1:] or done if not when]
     kept = ("data", "epochs", "train_accuracy", "dev_accuracy", "test_accuracy", "workers")
     return {
         **{key: summary[key] for key in (*kept, "training_seconds", "wall_seconds")},
+        **divided,
         "depth": run.config.depth,
         "train_size": run.config.train_size,
         "batch_size": run.config.batch_size,
         "precision": run.config.precision,
-        "images_per_second": statistics.median(rates),
-        "losses": [epoch["loss"] for epoch in epochs],
-        "skipped_steps": sum(epoch.get("skipped_steps", 0) for epoch in epochs),
+        **({"images_per_second": statistics.median(rates)} if rates else {}),
+        "losses": [epoch["loss"] for epoch in done],
+        "skipped_steps": sum(epoch.get("skipped_steps", 0) for epoch in done),
     }
 
 

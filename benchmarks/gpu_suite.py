@@ -61,6 +61,8 @@ def parts(folder: Path | None) -> dict[str, Part]:
     some = ["--table=--quick --rows pre_activation fused everything"]
     # Quick still: train/table.py's own 200 epochs are a matter of hours.
     three = ["--table=--quick --seeds 0 1 2"]
+    grown = "--boost=--precision fp16"
+    briefly = f"{grown} --train-size 5000 --unit-epochs 3 --epochs 10"
     sweep = ["--sweep", "full"]
     every = {
         "tests": Part("gpu_tests.py", 100),
@@ -74,9 +76,14 @@ def parts(folder: Path | None) -> dict[str, Part]:
             "bench_stochastic_depth_unit.py", 20, ["--seconds", "1"], sweep
         ),
     }
+    every["preact_unit"] = Part("bench_preact_unit.py", 60, [], sweep)
     every |= {op: Part(f"bench_{op}.py", 12, [], sweep) for op in _OPS}
     every["meprop_mlp"] = Part("bench_meprop_mlp.py", 15, [], sweep)
     every["scaling"] = Part("bench_scaling.py", 15)
+    every["boost"] = Part("bench_boost.py", 30, ["--seconds", "0.3"], [])
+    every["boost_training"] = Part(
+        "bench_boost_training.py", 60, [*data, briefly], [*data, grown, "--seeds", "0", "1", "2"]
+    )
     return every
 
 

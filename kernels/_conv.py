@@ -56,6 +56,14 @@ def samples_at(pointer, index_ptr, first, n, ok, SIZE: tl.constexpr):
 
 
 @triton.jit
+def channels_at(order_ptr, lanes, ok):
+    """The channels at some places of an order int32 [K], or without one the places themselves."""
+    if order_ptr is not None:
+        lanes = tl.load(order_ptr + lanes, mask=ok, other=0)
+    return lanes
+
+
+@triton.jit
 def operand(v, DTYPE: tl.constexpr):
     """A factor of a product: v rounded to the storage type, as a stored tensor would be."""
     v = v.to(DTYPE)

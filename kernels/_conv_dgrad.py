@@ -13,6 +13,7 @@ import triton.language as tl
 from ._conv import (
     BLOCK_P,
     blocks_of,
+    channels_at,
     empty_nhwc,
     merges,
     operand,
@@ -49,12 +50,14 @@ def _dgrad_tap(
 @triton.jit
 def _norm_relu_conv2d_dgrad_kernel(
     g_ptr, g_index_ptr, h_ptr, h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr,
-    dh_weight_ptr, dh_bias_ptr, row_scale_ptr, weight_ptr, dshortcut_ptr, shortcut_weight_ptr,
+    dh_weight_ptr, dh_bias_ptr, row_scale_ptr, order_ptr, weight_ptr,
+    dshortcut_ptr, shortcut_order_ptr, shortcut_weight_ptr,
     x_ptr, x_index_ptr, mean_ptr, var_ptr, norm_weight_ptr, norm_bias_ptr, dz_ptr, partial_ptr,
     M, CHUNK, H_ROWS, H_P, eps, h_eps, scale,
     weight_stride_k, weight_stride_c, weight_stride_h, weight_stride_w,
     shortcut_weight_stride_k, shortcut_weight_stride_c,
-    C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, SHORTCUT_KEPT: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
     STRIDE: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     KEEP: tl.constexpr,
@@ -70,7 +73,7 @@ def _norm_relu_conv2d_dgrad_kernel(
     PAD: tl.constexpr = TAPS // 2
     OH: tl.constexpr = (H - 1) // STRIDE + 1
     OW: tl.constexpr = (W - 1) // STRIDE + 1
-    ONE_BLOCK: tl.constexpr = K <= BLOCK_K
+    ONE_BLOCK: tl.constexpr = KEPT <= BLOCK_K
     pid = tl.program_id(0)
     parity = tl.program_id(2)
     odd_y, odd_x = parity // STRIDE, parity % STRIDE
@@ -82,15 +85,17 @@ def _norm_relu_conv2d_dgrad_kernel(
     h_mean = tl.zeros([BLOCK_K], tl.float32)
     h_scale, mean_dz, slope = h_mean, h_mean, h_mean
     if h_ptr is not None and ONE_BLOCK:
-        k = tl.arange(0, BLOCK_K)
+        lanes = tl.arange(0, BLOCK_K)
+        k = channels_at(order_ptr, lanes, lanes < KEPT)
         writes = (pid == 0) & (tl.program_id(1) == 0) & (parity == 0)
         h_mean, h_scale, mean_dz, slope = lazy_norm(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, dh_weight_ptr, dh_bias_ptr,
-            k, k < K, H_ROWS, K, H_P, h_eps, writes, TRAINING, BLOCK_P,
+            k, lanes < KEPT, H_ROWS, K, H_P, h_eps, writes, TRAINING, BLOCK_P,
         )  # fmt: skip
     if KEEP:
-        k = tl.arange(0, BLOCK_K)
-        weight_ok = (k < K)[:, None] & c_ok[None, :]
+        lanes = tl.arange(0, BLOCK_K)
+        k = channels_at(order_ptr, lanes, lanes < KEPT)
+        weight_ok = (lanes < KEPT)[:, None] & c_ok[None, :]
         weight_at = k[:, None] * weight_stride_k + c[None, :] * weight_stride_c
         weights = weight_taps(
             weight_ptr, weight_at, weight_ok, weight_stride_h, weight_stride_w, dtype, TAPS
@@ -114,9 +119,10 @@ def _norm_relu_conv2d_dgrad_kernel(
             samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
             g_ok = ok & (samples >= 0)
         acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        for k_start in tl.range(0, K, BLOCK_K, num_stages=1):
-            k = k_start + tl.arange(0, BLOCK_K)
-            k_ok = k < K
+        for k_start in tl.range(0, KEPT, BLOCK_K, num_stages=1):
+            lanes = k_start + tl.arange(0, BLOCK_K)
+            k_ok = lanes < KEPT
+            k = channels_at(order_ptr, lanes, k_ok)
             if h_ptr is not None and not ONE_BLOCK:
                 writes = (pid == 0) & (tl.program_id(1) == 0) & (parity == 0)
                 h_mean, h_scale, mean_dz, slope = lazy_norm(
@@ -142,11 +148,16 @@ def _norm_relu_conv2d_dgrad_kernel(
                         out_y + (odd_y - tap_y) // STRIDE, out_x + (odd_x - tap_x) // STRIDE, scale,
                         h_mean, h_scale, mean_dz, slope, k, k_ok, K, OH, OW, TRAINING, dtype,
                     )  # fmt: skip
-            if dshortcut_ptr is not None:
-                if parity == 0:
-                    base, at_samples = samples_at(dshortcut_ptr, None, first, n, ok, OH * OW * K)
+        if dshortcut_ptr is not None:
+            if parity == 0:
+                base, at_samples = samples_at(dshortcut_ptr, None, first, n, ok, OH * OW * K)
+                for k_start in tl.range(0, SHORTCUT_KEPT, BLOCK_K, num_stages=1):
+                    lanes = k_start + tl.arange(0, BLOCK_K)
+                    k_ok = lanes < SHORTCUT_KEPT
+                    k = channels_at(shortcut_order_ptr, lanes, k_ok)
                     at = k[:, None] * shortcut_weight_stride_k
                     at += c[None, :] * shortcut_weight_stride_c
+                    weight_ok = k_ok[:, None] & c_ok[None, :]
                     projection = tl.load(shortcut_weight_ptr + at, mask=weight_ok, other=0.0)
                     acc = _dgrad_tap(
                         acc, operand(projection, dtype), base, None, None, samples, at_samples, ok,
@@ -179,16 +190,16 @@ def conv_dgrad(
     weight: torch.Tensor,
     stride: int,
     samples: int,
-    dshortcut: torch.Tensor | None = None,
+    shortcut: Output | None = None,
     shortcut_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dz [samples, C, H, W], and sums [2, P, C] fp32 of dz and of dz * (x - mean).
 
-    dshortcut: the gradient at the output of a 1x1 convolution of the same input, or None.
+    shortcut: what comes to the output of a 1x1 convolution of the same input, or None.
     """
     C, H, W = into.x.shape[1:]
     K, OH, OW = weight.shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
-    blocks = blocks_of(K, C, weight.shape[2], into.x.dtype)
+    blocks = blocks_of(out.inner, C, weight.shape[2], into.x.dtype)
     cut = pixels(samples * OH * OW, blocks.rows, stride * stride)
     dz = empty_nhwc(into.x, samples, C, H, W)
     sums = dz.new_empty(2, cut.P * stride * stride, C, dtype=torch.float32)
@@ -196,11 +207,13 @@ def conv_dgrad(
     rows, partials, h_eps = out.numbers
     launch(
         _norm_relu_conv2d_dgrad_kernel, (cut.P, triton.cdiv(C, blocks.outer), stride * stride),
-        *out.tensors, out.dweight, out.dbias, out.row_scale, weight, dshortcut, shortcut_weight,
+        *out.tensors, out.dweight, out.dbias, out.row_scale, out.order, weight,
+        *((None, None) if shortcut is None else (shortcut.g, shortcut.order)), shortcut_weight,
         into.x, into.index, *into.norm.vectors, dz, sums,
         cut.M, cut.chunk, rows, partials, into.norm.eps, h_eps, out.scale,
         *weight.stride(), *projection.stride()[:2],
-        C=C, K=K, H=H, W=W, TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
+        C=C, K=K, KEPT=out.inner, SHORTCUT_KEPT=0 if shortcut is None else shortcut.inner,
+        H=H, W=W, TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
         BLOCK_M=cut.BLOCK_M, BLOCK_C=blocks.outer, BLOCK_K=blocks.inner, BLOCK_P=BLOCK_P,
         KEEP=blocks.KEEP, num_warps=blocks.num_warps,
     )  # fmt: skip

@@ -108,7 +108,8 @@ class Output:
         scale, row_scale: factors of dy, row_scale fp32 [samples of g] or None.
         norm, h, sums: with dz the BatchNorm, its input, and [2, P, K] fp32, sums of dz and of
             dz * (h - mean).
-        dweight, dbias: that BatchNorm's, written by the dgrad.
+        dweight, dbias: that BatchNorm's, written by the dgrad, or with an order by select.
+        order: int32 [K], channels of g by size, of which the first `kept` are multiplied; or None.
     """
 
     g: torch.Tensor
@@ -120,6 +121,13 @@ class Output:
     sums: torch.Tensor | None = None
     dweight: torch.Tensor | None = None
     dbias: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    kept: int = 0
+
+    @property
+    def inner(self) -> int:
+        """Channels that are multiplied."""
+        return self.g.shape[1] if self.order is None else self.kept
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from ._conv import (
     BLOCK_P,
     block_of,
+    channels_at,
     operand,
     pixels,
     product,
@@ -34,26 +35,33 @@ BLOCK_C = 32
 @triton.jit
 def _norm_relu_conv2d_wgrad_kernel(
     g_ptr, g_index_ptr, h_ptr, h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, row_scale_ptr,
+    order_ptr,
     x_ptr, x_index_ptr, mean_ptr, var_ptr, norm_weight_ptr, norm_bias_ptr, slab_ptr,
     M, CHUNK, H_ROWS, H_P, eps, h_eps, scale, slab_stride,
     weight_stride_k, weight_stride_c, weight_stride_h, weight_stride_w,
-    C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
-    STRIDE: tl.constexpr, TRAINING: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    TAPS: tl.constexpr, STRIDE: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A chunk's a^T g for one row of taps, in fp32, at slab[chunk] as the weight lies in memory.
 
-    program_id(1) is a row of taps and a block of C, program_id(2) a block of K.
+    program_id(1) is a row of taps and a block of C, program_id(2) a block of K. A lane of a is a
+    tap and a channel: the taps of a row lie side by side in memory, and fill the product's rows.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     PAD: tl.constexpr = TAPS // 2
     OW: tl.constexpr = (W - 1) // STRIDE + 1
     S: tl.constexpr = ((H - 1) // STRIDE + 1) * OW
+    LANES: tl.constexpr = BLOCK_C if TAPS == 1 else 4 * BLOCK_C
     pid = tl.program_id(0)
     tap_row = tl.program_id(1) % TAPS
-    c = tl.program_id(1) // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c_ok, k_ok = c < C, k < K
+    lanes = tl.arange(0, LANES)
+    tap = lanes // BLOCK_C
+    c = tl.program_id(1) // TAPS * BLOCK_C + lanes % BLOCK_C
+    k_start = tl.program_id(2) * BLOCK_K
+    places = k_start + tl.arange(0, BLOCK_K)
+    c_ok, k_ok = (c < C) & (tap < TAPS), places < KEPT
+    k = channels_at(order_ptr, places, places < K)
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
     a_scale, a_bias = scale_and_bias(norm_weight_ptr, norm_bias_ptr, rstd_of(var, eps), c, c_ok)
@@ -64,10 +72,11 @@ def _norm_relu_conv2d_wgrad_kernel(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, None, None,
             k, k_ok, H_ROWS, K, H_P, h_eps, False, TRAINING, BLOCK_P,
         )  # fmt: skip
-    left = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    centre = left
-    right = left
+    acc = tl.zeros([LANES, BLOCK_K], tl.float32)
     end = tl.minimum((pid + 1) * CHUNK, M)
+    if KEPT < K:
+        # Of channels that are not kept the products are zeros.
+        end = tl.where(k_start < KEPT, end, 0)
     for m_start in tl.range(pid * CHUNK, end, BLOCK_M, num_stages=1):
         first, n, out_y, out_x, ok = tile_pixels(m_start, end, OW, S, BLOCK_M)
         g_base, g_samples = samples_at(g_ptr, g_index_ptr, first, n, ok, S * K)
@@ -82,29 +91,19 @@ def _norm_relu_conv2d_wgrad_kernel(
             g_base, h_base, row_scale_ptr, samples, at, ok & (samples >= 0), scale,
             h_mean, h_scale, mean_dz, slope, k_ok, TRAINING,
         )  # fmt: skip
-        g = operand(g, dtype)
         x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)
-        for tap in tl.static_range(TAPS):
-            in_x = out_x * STRIDE + (tap - PAD)
-            inside = ok & (in_y >= 0) & (in_y < H) & (in_x >= 0) & (in_x < W)
-            inside = inside[:, None] & c_ok[None, :]
-            at = (x_samples + (in_y * W + in_x) * C)[:, None] + c[None, :]
-            x = tl.load(x_base + at, mask=inside, other=0.0)
-            a = tl.trans(operand(normalized(x, mean, a_scale, a_bias, inside), dtype))
-            if tap == 0:
-                left = product(a, g, left)
-            elif tap == 1:
-                centre = product(a, g, centre)
-            else:
-                right = product(a, g, right)
+        in_x = (out_x * STRIDE)[:, None] + (tap - PAD)[None, :]
+        inside = (ok & (in_y >= 0) & (in_y < H))[:, None] & c_ok[None, :]
+        inside = inside & (in_x >= 0) & (in_x < W)
+        at = x_samples + (in_y * W + out_x * STRIDE) * C
+        at = at[:, None] + ((tap - PAD) * C + c)[None, :]
+        x = tl.load(x_base + at, mask=inside, other=0.0)
+        a = operand(normalized(x, mean, a_scale, a_bias, inside), dtype)
+        acc = product(tl.trans(a), operand(g, dtype), acc)
     slab_ptr += pid.to(tl.int64) * slab_stride + tap_row * weight_stride_h
-    at = c[:, None] * weight_stride_c + k[None, :] * weight_stride_k
-    ck_ok = c_ok[:, None] & k_ok[None, :]
-    tl.store(slab_ptr + at, left, mask=ck_ok)
-    if TAPS == 3:
-        tl.store(slab_ptr + weight_stride_w + at, centre, mask=ck_ok)
-        tl.store(slab_ptr + 2 * weight_stride_w + at, right, mask=ck_ok)
+    at = (tap * weight_stride_w + c * weight_stride_c)[:, None] + k[None, :] * weight_stride_k
+    tl.store(slab_ptr + at, acc, mask=c_ok[:, None] & (places < K)[None, :])
 
 
 def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
@@ -114,10 +113,20 @@ def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return block_c, block_k, taps * triton.cdiv(C, block_c), triton.cdiv(K, block_k)
 
 
-def slab_chunks(weight: torch.Tensor) -> int:
-    """How many chunks the slab of a weight has, whatever the number of pixels."""
-    _, _, rows, columns = blocks(weight)
-    return max(PROGRAMS // (rows * columns), 1)
+def _rows(block_c: int, dtype: torch.dtype) -> int:
+    """Pixels of a tile, fewer for the more lanes: a tile of x takes a register an element."""
+    return rows_of(dtype) * 16 // block_c
+
+
+def slab_chunks(weight: torch.Tensor, M: int, dtype: torch.dtype) -> int:
+    """How many chunks of a convolution's M output pixels have a product of their own in the slab.
+
+    No more than there are tiles: a slab is written and read, whatever the batch.
+    """
+    block_c, _, rows, columns = blocks(weight)
+    tiles = triton.cdiv(M, _rows(block_c, dtype))
+    each = triton.cdiv(tiles, max(PROGRAMS // (rows * columns), 1))
+    return triton.cdiv(tiles, each)
 
 
 def conv_wgrad(
@@ -136,13 +145,15 @@ def conv_wgrad(
     C, H, W = into.x.shape[1:]
     K, OH, OW = weight.shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
     block_c, block_k, rows, columns = blocks(weight)
-    cut = pixels(samples * OH * OW, rows_of(into.x.dtype), P=slab.shape[0])
+    cut = pixels(samples * OH * OW, _rows(block_c, into.x.dtype), P=slab.shape[0])
     launch(
         _norm_relu_conv2d_wgrad_kernel, (cut.P, rows, columns),
-        *out.tensors, out.row_scale, into.x, into.index, *into.norm.vectors, slab[:, start:],
+        *out.tensors, out.row_scale, out.order,
+        into.x, into.index, *into.norm.vectors, slab[:, start:],
         cut.M, cut.chunk, *out.numbers[:2], into.norm.eps, out.numbers[2], out.scale,
         slab.stride(0), *weight.stride(),
-        C=C, K=K, H=H, W=W, TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
+        C=C, K=K, KEPT=out.inner, H=H, W=W,
+        TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
         BLOCK_M=cut.BLOCK_M, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_P=BLOCK_P,
         num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -41,6 +41,12 @@ def _key(v, INFINITY: tl.constexpr):
 
 
 @triton.jit
+def sum_key(v):
+    """_key of fp32 sums."""
+    return _key(v, 0x7F800000)
+
+
+@triton.jit
 def _element(p, C, S, stride_s, stride_c, CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr):
     """Offset of the p-th element of an example, in the order that memory has it.
 

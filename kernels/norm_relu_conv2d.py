@@ -102,10 +102,12 @@ def norm_relu_conv2d_bwd(
     N, C, H, W = x.shape
     norm = Norm(Stats(mean, var, rows=N * H * W), norm_weight, norm_bias, eps, training)
     into, out = Input(x, None, norm), Output(as_nhwc(dy), scale=scale, row_scale=row_scale)
-    slab = dy.new_empty(slab_chunks(weight), weight.numel(), dtype=torch.float32)
+    P = slab_chunks(weight, dy.numel() // dy.shape[1], x.dtype)
+    slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
     dweight = torch.empty_like(weight)
-    dnorm_weight, dnorm_bias = map(empty_like_or_none, (norm_weight, norm_bias))
+    dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
     dz, sums = conv_dgrad(into, out, weight, stride, N)
     conv_wgrad(into, out, weight, stride, N, slab, 0)
-    dx = conv_dx(None, dz, None, x, norm, sums, dnorm_weight, dnorm_bias, slab, dweight)
-    return dx, *or_empty(x, dnorm_weight, dnorm_bias), dweight
+    dx = conv_dx(None, dz, None, x, norm, sums, dnorm[0], dnorm[1], slab, dweight)
+    dnorm_weight, dnorm_bias = or_empty(x, *dnorm)
+    return dx, dnorm_weight, dnorm_bias, dweight

@@ -18,6 +18,7 @@ from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward, conv_pixels
 from ._conv_gradient import Input, Norm, Output
+from ._conv_select import select
 from ._conv_wgrad import conv_wgrad, slab_chunks
 from ._moments import Moments, Stats, stats_of
 from .norm_relu_conv2d import (
@@ -148,6 +149,7 @@ def preact_unit_bwd(
     stride: int,
     eps: tuple[float, float],
     training: tuple[bool, bool],
+    kept: tuple[int, int, int],
 ) -> tuple[torch.Tensor, ...]:
     """dx, the gradients of norm1's weight and bias and of norm2's, and dweight.
 
@@ -156,6 +158,8 @@ def preact_unit_bwd(
 
     Args:
         dy: as y, any strides; h, stats1, stats2: what the forward made, or was given.
+        kept: of conv1, conv2 and the projection, the output channels by which meProp goes, those of
+            largest sum |g|; K is all.
     """
     dy = as_nhwc(dy)
     N, branch, pixels = x.shape[0], h.shape[0], x.shape[2] * x.shape[3]
@@ -166,24 +170,25 @@ def preact_unit_bwd(
     dnorm = [empty_like_or_none(p) for p in (*norm1, *norm2)]
     sizes = [w.numel() for w in (weight1, weight2, shortcut_weight) if w is not None]
     dweight = weight1.new_empty(sum(sizes))
-    slab = dweight.new_empty(slab_chunks(weight2), dweight.numel(), dtype=torch.float32)
+    P = slab_chunks(weight2, dy.numel() // dy.shape[1], x.dtype)
+    slab = dweight.new_empty(P, dweight.numel(), dtype=torch.float32)
 
-    into2, out2 = Input(h, None, second), Output(dy, index, scale, row_scale)
+    into2 = Input(h, None, second)
+    out2 = select(Output(dy, index, scale, row_scale), kept[1], branch)
     dz2, sums2 = conv_dgrad(into2, out2, weight2, 1, branch)
     conv_wgrad(into2, out2, weight2, 1, branch, slab, sizes[0])
-    into1, out1 = (
-        Input(x, index, first),
-        Output(dz2, norm=second, h=h, sums=sums2, dweight=dnorm[2], dbias=dnorm[3]),
-    )
+    into1 = Input(x, index, first)
+    out1 = Output(dz2, norm=second, h=h, sums=sums2, dweight=dnorm[2], dbias=dnorm[3])
+    out1 = select(out1, kept[0], branch)
     conv_wgrad(into1, out1, weight1, stride, branch, slab, 0)
     if shortcut_weight is None:
         dz1, sums1 = conv_dgrad(into1, out1, weight1, stride, branch)
-        direct, dz_index = dy, position
+        shortcut, dz_index = dy, position
     else:
-        whole = Input(x, None, first)
-        conv_wgrad(whole, Output(dy), shortcut_weight, stride, N, slab, sizes[0] + sizes[1])
+        whole, direct = Input(x, None, first), select(Output(dy), kept[2], N)
+        conv_wgrad(whole, direct, shortcut_weight, stride, N, slab, sizes[0] + sizes[1])
         out1 = dataclasses.replace(out1, index=position)
-        dz1, sums1 = conv_dgrad(whole, out1, weight1, stride, N, dy, shortcut_weight)
-        direct, dz_index = None, None
-    dx = conv_dx(direct, dz1, dz_index, x, first, sums1, dnorm[0], dnorm[1], slab, dweight)
+        dz1, sums1 = conv_dgrad(whole, out1, weight1, stride, N, direct, shortcut_weight)
+        shortcut, dz_index = None, None
+    dx = conv_dx(shortcut, dz1, dz_index, x, first, sums1, dnorm[0], dnorm[1], slab, dweight)
     return dx, *or_empty(x, *dnorm), dweight

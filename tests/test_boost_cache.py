@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,99 @@ def test_a_system_without_fallocate_writes_the_whole_file(
     x = torch.randn(10, 4, 8, 8)
     cache.put(0, x)
     assert torch.equal(cache.chunk(0, 10), x)
+
+
+def fetchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("features")]
+
+
+def filled(place: str, folder: Path, device: torch.device = CPU) -> FeatureCache:
+    """Features of 20 images that lie in this place."""
+    cache = FeatureCache(
+        (20, 2, 3, 3), torch.float32, device,
+        Room(10**6 * (place == "device"), 10**6 * (place == "host"), folder),
+    )  # fmt: skip
+    assert cache.place == place
+    cache.put(0, torch.randn(20, 2, 3, 3, device=device))
+    return cache
+
+
+def shares(device: torch.device | str = "cpu") -> list[Tensor]:
+    return list(torch.randperm(20, device=device).split(4))
+
+
+def test_batches_from_disk_are_fetched_ahead_by_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, fetched = filled("disk", tmp_path), []
+    fetch = FeatureCache._fetch
+
+    def noted(self: FeatureCache, index: Tensor, copies: None) -> object:
+        fetched.append(threading.current_thread())
+        return fetch(self, index, copies)
+
+    monkeypatch.setattr(FeatureCache, "_fetch", noted)
+    indices = shares()
+    batches = cache.batches(indices)
+    for number, index in enumerate(indices):
+        assert torch.equal(next(batches), cache.take(index))
+        # No further ahead than two batches: they take memory.
+        assert number < len(fetched) <= min(number + 3, 5)
+        assert len(fetchers()) == 1 and threading.main_thread() not in fetched
+    assert list(batches) == [] and not fetchers()
+    assert list(cache.batches([])) == [] and not fetchers()
+
+
+def test_no_thread_outlives_its_batches(tmp_path: Path) -> None:
+    cache = filled("disk", tmp_path)
+    batches = cache.batches(shares())
+    next(batches)
+    assert fetchers()
+    batches.close()
+    assert not fetchers()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in cache.batches(shares()):
+            raise KeyboardInterrupt
+    assert not fetchers()
+
+
+def test_a_batch_that_cannot_be_fetched_is_told_to_the_caller(tmp_path: Path) -> None:
+    cache = filled("disk", tmp_path)
+    indices = [*shares()[:2], torch.tensor([3, 20]), *shares()]
+    batches = cache.batches(indices)
+    assert torch.equal(next(batches), cache.take(indices[0]))
+    assert torch.equal(next(batches), cache.take(indices[1]))
+    with pytest.raises(BoostError, match="could not be fetched from the disk: .*out of range"):
+        next(batches)
+    assert not fetchers()
+
+
+def test_memory_that_computes_is_not_fetched_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "ThreadPoolExecutor", lambda *_: pytest.fail("a thread"))
+    cache, indices = filled("host", tmp_path), shares()
+    for x, index in zip(cache.batches(indices), indices, strict=True):
+        assert torch.equal(x, cache.take(index))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_a_gpu_gets_its_batches_without_a_wait(place: str, tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    cache, indices = filled(place, tmp_path, device), shares(device)
+    wanted = [cache.take(index) for index in indices]
+    batches = cache.batches(indices)
+    found = [next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # Memory that is given back at once, and written anew: a copy must not come too soon.
+        found += [x * 1 for x in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for x, y in zip(found, wanted, strict=True):
+        assert x.is_cuda and torch.equal(x, y)
+    assert not fetchers()
 
 
 @pytest.mark.gpu

@@ -178,6 +178,7 @@ def finish(config: BoostConfig, workers: Workers, summary: Record, started: floa
         "training_seconds": summary["growth_seconds"] + seconds,
         "wall_seconds": time.perf_counter() - started,
         "processes": workers.world_size,
+        "workers": workers.world_size,
         "device": str(workers.device.type),
         "device_name": training.device_name(workers.device),
         "threads": torch.get_num_threads(),

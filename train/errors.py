@@ -3,3 +3,7 @@
 
 class TrainError(Exception):
     """One line: what was wrong, what was given, what to do."""
+
+
+class LoneError(TrainError):
+    """What one process has met and the others do not know: it says so itself."""

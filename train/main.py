@@ -18,7 +18,7 @@ import checkpoint
 import records
 import torch
 from config import C, Config, parse
-from errors import TrainError
+from errors import LoneError, TrainError
 from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, fused_ops, set_precision_and_determinism
 from workers import Workers
@@ -363,8 +363,8 @@ def run_program(
 
 
 def fail(error: TrainError, leads: bool, status: int) -> int:
-    """Say once what every process knows."""
-    if leads:
+    """Say once what every process knows, and what one alone knows."""
+    if leads or isinstance(error, LoneError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         # torchrun ends all processes as soon as one has failed: the leading one speaks first.

@@ -5,10 +5,10 @@ python train/table.py --depth 122 --rows baseline best everything
 python train/table.py --quick                   every row, in minutes on two CPU cores
 python train/table.py --sweep batch-size        or survival, meprop-ratio, optimizer
 
-Each row and seed is a run of train/main.py in a folder of its own. What is finished is not trained
-again, an interrupted run goes on from its checkpoint, and one that fails shows as failed and is
-tried again by the next call. table.md, table.csv, runs.csv and the plots are written anew after
-every run, from all that the folder holds.
+Each row and seed is a run of train/main.py, or of train/boost.py, in a folder of its own. What is
+finished is not trained again, an interrupted run goes on from its checkpoint, and one that fails
+shows as failed and is tried again by the next call. table.md, table.csv, runs.csv and the plots are
+written anew after every run, from all that the folder holds.
 """
 
 import contextlib
@@ -120,16 +120,13 @@ def asked_for(config: TableConfig, recipes: list[Recipe]) -> list[Recipe]:
     """The rows to train.
 
     Raises:
-        TrainError: a name that is none of theirs, or there is nothing to train.
+        TrainError: a name that is none of theirs.
     """
     names = [recipe.name for recipe in recipes]
     for name in config.rows or ():
         if name not in names:
             raise TrainError(f"--rows {name}: expected some of {', '.join(names)}")
-    chosen = [r for r in recipes if config.rows is None or r.name in config.rows]
-    if all(recipe.changes is None for recipe in chosen):
-        raise TrainError("--rows: these are left open, there is nothing to train")
-    return chosen
+    return [r for r in recipes if config.rows is None or r.name in config.rows]
 
 
 def plan(config: TableConfig, recipes: list[Recipe], seeds: Sequence[int]) -> list[Run]:
@@ -142,8 +139,6 @@ def plan(config: TableConfig, recipes: list[Recipe], seeds: Sequence[int]) -> li
     runs = []
     for seed in seeds:
         for recipe in recipes:
-            if recipe.changes is None:
-                continue
             workers = recipe.changes.get("micro_batches", 1)
             # As many GPUs as share the workers evenly.
             most = max(gpus, 1)
@@ -257,7 +252,14 @@ def read(config: TableConfig, recipes: list[Recipe]) -> Table:
         if path.name.removeprefix("seed-").isdecimal()
     }
     runs = plan(config, recipes, sorted(found.union(config.all_seeds)))
-    return Table.read(config.depth, config.quick, config.sweep, recipes, runs)
+    return Table.read(title(config), config.quick, config.sweep, recipes, runs)
+
+
+def title(config: TableConfig) -> str:
+    images = "" if config.images is None else f"{config.images:,} images, "
+    what = "Table 1" if config.sweep is None else f"Sweep of {config.sweep}"
+    text = f"{what}, depth {config.depth}, {images}{config.all_epochs} epochs"
+    return text + (", quick" if config.quick else "")
 
 
 def write(config: TableConfig, recipes: list[Recipe]) -> None:

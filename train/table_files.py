@@ -19,18 +19,32 @@ MEASURES = {
     "dev": "dev_accuracy",
     "test": "test_accuracy",
 }
+# When a run of train/boost.py is shown beside its end: before its training end to end.
+GROWN = "grown"
 # Steps over which YellowFin's learning rate rises: 10 windows of 20 gradients, its defaults.
 _SLOW_START = 200
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row: what its finished runs measured, and why others failed, by seed."""
+    """A row: what its finished runs measured, and why others failed, by seed.
+
+    when: at which point of its runs, if not at their end.
+    """
 
     recipe: Recipe
     runs: int
     summaries: dict[int, dict[str, Any]]
     failures: dict[int, str]
+    when: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name + (f" ({self.when})" if self.when else "")
+
+    @property
+    def about(self) -> str:
+        return self.recipe.about if not self.when else f"The next row, when it is {self.when}"
 
     def values(self, measure: str) -> list[float]:
         per = 60 if measure == "minutes" else 1
@@ -45,7 +59,7 @@ class Line:
 
     @property
     def workers(self) -> int:
-        return (self.recipe.changes or {}).get("micro_batches", 1)
+        return self.recipe.changes.get("micro_batches", 1)
 
     @property
     def is_emulated(self) -> bool:
@@ -60,8 +74,6 @@ class Line:
 
     @property
     def state(self) -> str:
-        if self.recipe.changes is None:
-            return "left open"
         if len(self.summaries) == self.runs:
             return "trained"
         return "failed" if self.failures else "not trained yet"
@@ -78,24 +90,22 @@ class Table:
 
     @classmethod
     def read(
-        cls, depth: int, quick: bool, sweep: str | None, recipes: list[Recipe], runs: list[Run]
+        cls, title: str, quick: bool, sweep: str | None, recipes: list[Recipe], runs: list[Run]
     ) -> "Table":
         """From what the runs have left in their folders."""
-        lines = []
+        lines: list[Line] = []
         for recipe in recipes:
             mine = [run for run in runs if run.recipe is recipe]
             summaries = {run.seed: summary for run in mine if (summary := run.summary())}
             failures = {run.seed: why for run in mine if (why := run.failure())}
+            if recipe.program == "boost.py":
+                before = {seed: before_refinement(s) for seed, s in summaries.items()}
+                lines.append(Line(recipe, len(mine), before, failures, when=GROWN))
             lines.append(Line(recipe, len(mine), summaries, failures))
-        config = runs[0].config
-        images = "" if config.train_size is None else f"{config.train_size:,} images, "
-        what = "Table 1" if sweep is None else f"Sweep of {sweep}"
-        title = f"{what}, depth {depth}, {images}{config.epochs} epochs"
-        title += ", quick" if quick else ""
         return cls(title, (sweep or "").replace("-", " "), _notes(quick, lines), lines)
 
     def line(self, name: str) -> Line | None:
-        return next((line for line in self.lines if line.recipe.name == name), None)
+        return next((line for line in self.lines if line.name == name), None)
 
     def speedup(self, line: Line) -> float | None:
         """Of the baseline's time over a row's; None where they are of different machines."""
@@ -113,7 +123,7 @@ class Table:
         rows = []
         for line in self.lines:
             speedup = self.speedup(line)
-            cells = [line.recipe.name, line.recipe.about, _seeds(line)]
+            cells = [line.name, line.about, _seeds(line)]
             time, *accuracies = (_cell(line, measure) for measure in MEASURES)
             cells.append(time + ("†" if line.is_emulated else ""))
             cells.append("–" if speedup is None else f"{speedup:.2f} ×")
@@ -128,6 +138,12 @@ class Table:
         return "\n".join([*text, *(f"{note}  " for note in self.notes)]).rstrip() + "\n"
 
 
+def before_refinement(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary of train/boost.py as it was before the training end to end."""
+    grown = {"epochs": 0, "training_seconds": summary["growth_seconds"]}
+    return summary | summary["before_refinement"] | grown
+
+
 def _notes(quick: bool, lines: list[Line]) -> list[str]:
     notes = []
     if quick:
@@ -138,7 +154,7 @@ def _notes(quick: bool, lines: list[Line]) -> list[str]:
     of: dict[str, list[str]] = {}
     for line in lines:
         for machine in sorted({_machine(summary) for summary in line.summaries.values()}):
-            of.setdefault(machine, []).append(line.recipe.name)
+            of.setdefault(machine, []).append(line.name)
     for machine, names in of.items():
         notes.append(f"Trained on {machine}" + (f": {', '.join(names)}." if len(of) > 1 else "."))
     if len(of) > 1:
@@ -163,8 +179,14 @@ def _notes(quick: bool, lines: list[Line]) -> list[str]:
     if any(line.recipe.reported for line in lines):
         notes.append("The report's figures are of depth 122, 200 epochs, on GTX 1080 Ti.")
     notes.append("Time is that of the training steps, without evaluation.")
+    if any(line.when for line in lines):
+        notes.append(
+            "Of a growth by boosting it is that of its steps, of the edges over the training set "
+            "and of the cached features; of the row beneath, the training end to end as well."
+        )
     for line in lines:
-        notes += [f"Failed: {line.recipe.name}, seed {s}: {w}" for s, w in line.failures.items()]
+        if not line.when:
+            notes += [f"Failed: {line.name}, seed {s}: {w}" for s, w in line.failures.items()]
     return notes
 
 
@@ -203,7 +225,7 @@ def write_files(table: Table, out: Path) -> None:
     runs: list[dict[str, Any]] = []
     for line in table.lines:
         told = line.recipe.reported
-        about = {"table": table.title, "row": line.recipe.name, "workers": line.workers}
+        about = {"table": table.title, "row": line.name, "workers": line.workers}
         about |= {"series": line.recipe.series, "x": line.recipe.x} if table.swept else {}
         spread = {
             f"{measure}_{what}": value
@@ -232,7 +254,7 @@ def write_files(table: Table, out: Path) -> None:
 
 
 _KEPT = (
-    "epochs", "training_seconds", "wall_seconds", "train_accuracy", "dev_accuracy",
+    "epochs", "units", "training_seconds", "wall_seconds", "train_accuracy", "dev_accuracy",
     "test_accuracy", "processes", "device_name", "threads", "torch", "data",
 )  # fmt: skip
 _SETTINGS = ("depth", "train_size", "batch_size", "precision", "fused")

@@ -50,7 +50,7 @@ def _save(path: Path, table: Table, draw: Callable[[Figure], None]) -> None:
 
 
 def _label(line: Line) -> str:
-    return line.recipe.name.replace("_", " ") + ("†" if line.is_emulated else "")
+    return line.name.replace("_", " ") + ("†" if line.is_emulated else "")
 
 
 def _point(axes: Axes, line: Line, measure: str, y: float, **looks: Any) -> None:

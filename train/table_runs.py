@@ -1,4 +1,4 @@
-"""One run of the table: a row and a seed, trained by train/main.py in a folder of its own."""
+"""One run of the table: a row and a seed, trained by its program in a folder of its own."""
 
 import contextlib
 import dataclasses
@@ -14,16 +14,22 @@ from typing import IO, Any
 
 import checkpoint
 import records
+from boost_config import BoostConfig
 from config import Config, to_flags
 from errors import TrainError
 from recipes import Recipe
 
-_MAIN = Path(__file__).with_name("main.py")
+_PROGRAMS = Path(__file__).parent
+# What a program's settings are made of.
+CONFIGS: dict[str, type[Config]] = {"main.py": Config, "boost.py": BoostConfig}
 LOG, FAILURE = "log.txt", "failure.txt"
 # Seconds that torchrun has to end its processes, which a kill would leave behind.
 _PATIENCE = 40
 # Of a run's settings, those that say where things lie and what computes, not what is trained.
-_WHERE = {"config", "data_dir", "out", "resume", "device", "micro_batches"}
+_WHERE = {
+    "config", "data_dir", "out", "resume", "device", "micro_batches",
+    "cache_dir", "cache_device_gb", "cache_host_gb",
+}  # fmt: skip
 _EXCEPTION = re.compile(r"(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception|Failure)\b.*)")
 
 
@@ -43,7 +49,7 @@ class Run:
 
     def __post_init__(self) -> None:
         try:
-            config = Config(**self.settings)
+            config = CONFIGS[self.recipe.program](**self.settings)
             shares = self.processes * config.micro_batches
             if config.batch_size % shares:
                 raise TrainError(f"--batch-size {config.batch_size}: not a multiple of {shares}")
@@ -64,7 +70,7 @@ class Run:
         there = read_json(self.out / records.CONFIG)
         if there is None:
             return
-        wanted, usual = self.config.as_dict(), Config().as_dict()
+        wanted, usual = self.config.as_dict(), type(self.config)().as_dict()
         for key in sorted(wanted.keys() - _WHERE):
             # A setting that there was not yet had its default.
             held = there.get(key, usual[key])
@@ -91,7 +97,7 @@ class Run:
         if self.processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone"]
             start += ["--nproc_per_node", str(self.processes)]
-        return [*start, str(_MAIN), *to_flags(self.settings)]
+        return [*start, str(_PROGRAMS / self.recipe.program), *to_flags(self.settings)]
 
     def train(self, lock: IO[str] | None = None) -> str | None:
         """Train to the end, from the checkpoint if there is one; say what it says, and log it.

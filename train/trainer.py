@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fastres.models import ResNet
 from fastres.ops import (
     BatchNormReLU2d,
     MePropConv2d,
+    PreActUnit,
     StepGenerator,
     StochasticDepth,
     shuffle,
@@ -88,6 +89,7 @@ def build_model(config: Config, num_classes: int) -> ResNet:
             meprop_mode=config.meprop_mode,
             zero_init=config.zero_init,
             keep_units=config.units,
+            fused_units=config.fused_units,
         )
 
 
@@ -120,8 +122,13 @@ def to_half(model: nn.Module) -> None:
 
 def fused_ops(trainer: "Trainer") -> str:
     """Which fused ops a run takes, for the person who asked for --fused."""
+    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
+    units = [m for m in trainer.model.modules() if isinstance(m, PreActUnit) and m.whole and triton]
+    norms = [m for m in trainer.model.modules() if isinstance(m, BatchNormReLU2d)]
     counts = {
-        "batch_norm_relu": sum(isinstance(m, BatchNormReLU2d) for m in trainer.model.modules()),
+        "preact_unit": len(units),
+        # A unit that is one op has two of them, which it does not call.
+        "batch_norm_relu": len(norms) - 2 * len(units),
         # "batch" decides on the host what to compute: there is nothing left for the op to do.
         "stochastic_depth_add": sum(
             isinstance(m, StochasticDepth) and m.mode != "batch" for m in trainer.model.modules()
@@ -131,7 +138,6 @@ def fused_ops(trainer: "Trainer") -> str:
     layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
     steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
     steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
-    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"
 
@@ -248,6 +254,15 @@ class Trainer(ImageView):
                 self.micro_batches.settle(stepped)
             return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
 
+    def batches(self, epoch: int) -> Generator[Tensor, None, None]:
+        """The images of each step of an epoch, this process's share of them, in turn."""
+        config, workers = self.config, self.workers
+        share = config.batch_size // workers.world_size
+        order = shuffle(len(self.data.train), config.seed, epoch, workers.device)
+        for i in range(self.steps_per_epoch):
+            first = i * config.batch_size + workers.rank * share
+            yield order[first : first + share]
+
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
 
@@ -256,7 +271,6 @@ class Trainer(ImageView):
                 at once.
         """
         config, workers = self.config, self.workers
-        share = config.batch_size // workers.world_size
         self.network.train()
         dense = meprop_is_dense(
             self.epoch,
@@ -265,26 +279,24 @@ class Trainer(ImageView):
         )
         self.model.set_meprop(sparse=not dense)
         start = time.perf_counter()
-        order = shuffle(len(self.data.train), config.seed, self.epoch, workers.device)
         # Of the losses: their sum and their number. Of the steps: those that were skipped.
         total, counted, skipped = torch.zeros(3, dtype=torch.float64, device=workers.device)
-        for i in range(self.steps_per_epoch):
-            first = i * config.batch_size + workers.rank * share
-            loss, stepped = self.train_step(
-                order[first : first + share], self.epoch * self.steps_per_epoch + i
-            )
-            if stepped is None:
-                total += loss
-                counted += 1
-            else:
-                # A loss that overflowed has no part in the mean, as it had none in the weights.
-                finite = loss.isfinite()
-                total += torch.where(finite, loss, 0.0)
-                counted += finite
-                skipped += ~stepped
-                if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
-                    self._see_that_steps_are_taken()
-            progress.step()
+        with contextlib.closing(self.batches(self.epoch)) as batches:
+            for i, index in enumerate(batches):
+                step = self.epoch * self.steps_per_epoch + i
+                loss, stepped = self.train_step(index, step)
+                if stepped is None:
+                    total += loss
+                    counted += 1
+                else:
+                    # A loss that overflowed has no part in the mean, as it had none in the weights.
+                    finite = loss.isfinite()
+                    total += torch.where(finite, loss, 0.0)
+                    counted += finite
+                    skipped += ~stepped
+                    if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
+                        self._see_that_steps_are_taken()
+                progress.step()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
         for t in (*self.model.parameters(), *self.model.buffers()):
             total += 0.0 * t.detach().double().sum()

@@ -1,13 +1,13 @@
 """Training one unit and its weak classifier, in front of units that are frozen."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 import torch
 from boost_config import BoostConfig
 from config import Config
-from errors import TrainError
+from errors import LoneError, TrainError
 from image_view import ImageView
 from torch import Tensor
 from trainer import Trainer
@@ -30,12 +30,12 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @contextlib.contextmanager
-def in_words() -> Iterator[None]:
+def in_words(kind: type[TrainError] = TrainError) -> Iterator[None]:
     """What boosting refuses is an error for the person at the terminal."""
     try:
         yield
     except BoostError as error:
-        raise TrainError(str(error)) from error
+        raise kind(str(error)) from error
 
 
 class Frozen(ImageView):
@@ -117,15 +117,32 @@ class UnitTrainer(Trainer):
 
     def __init__(self, config: Config, frozen: Frozen, part: ResNet, costs: Tensor) -> None:
         self._frozen, self._part, self._costs = frozen, part, costs
+        # Of the images of this step, until they are taken.
+        self._fetched: tuple[Tensor, Tensor] | None = None
         super().__init__(config, frozen.workers, frozen.data)
 
     def make_model(self) -> ResNet:
         return self._part
 
+    def batches(self, epoch: int) -> Generator[Tensor, None, None]:
+        indices, cache = super().batches(epoch), self._frozen.cache
+        if cache is None:
+            yield from indices
+            return
+        every = list(indices)
+        with in_words(LoneError), contextlib.closing(cache.batches(every)) as fetched:
+            for index in every:
+                self._fetched = index, next(fetched)
+                yield index
+
     def inputs(self, index: Tensor, epoch: int) -> Tensor:
         frozen = self._frozen
         if frozen.cache is not None:
-            return frozen.as_input(frozen.cache.take(index))
+            # Given away: features live no longer than what is computed of them needs them.
+            fetched, self._fetched = self._fetched, None
+            if fetched is None or fetched[0] is not index:
+                return frozen.as_input(frozen.cache.take(index))
+            return frozen.as_input(fetched[1])
         if frozen.config.features == "fresh":
             return frozen.through(super().inputs(index, epoch))
         return frozen.through(self._images(self.data.train, index, padding=0, flip=False))

@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from fastres.boost.errors import BoostError
 # Images that pass the frozen units at once. Always the same ones together: what a resumed growth
 # computes anew is then bitwise what it was.
 CHUNK = 500
+# Batches that are fetched while another one is computed with.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class FeatureCache:
     Attributes:
         place: "device", "host" or "disk".
         nbytes: of all features.
+        streams: whether batches come from a slower memory than the device's own.
     Raises:
         BoostError: there is no room for them.
     """
@@ -68,6 +73,8 @@ class FeatureCache:
             self.place = "disk"
             self._store = _mapped(flat, dtype, room.folder, self.nbytes)
 
+        self.streams = self.place == "disk" or (self.place == "host" and not on_cpu)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -85,6 +92,57 @@ class FeatureCache:
         rows = self._store.index_select(0, index.to(self._store.device))
         return self._image(rows)
 
+    def batches(self, indices: Sequence[Tensor]) -> Generator[Tensor, None, None]:
+        """What `take` returns for each of these, in turn; ahead of time where it streams.
+
+        A thread gathers the next batches while the caller computes. On a GPU it copies them by a
+        stream of its own, for which the caller's stream waits, not the host; that waits once, for
+        the indices. The thread ends with the generator: close it where it is left before its end.
+
+        Raises:
+            BoostError: a batch could not be fetched.
+        """
+        if not self.streams or not indices:
+            yield from map(self.take, indices)
+            return
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        left = deque(torch.cat(list(indices)).cpu().split([len(index) for index in indices]))
+        waiting: deque[Future[_Fetched]] = deque()
+        pool = ThreadPoolExecutor(1, "features")
+        try:
+            while left or waiting:
+                while left and len(waiting) <= _AHEAD:
+                    waiting.append(pool.submit(self._fetch, left.popleft(), copies))
+                yield self._received(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _fetch(self, index: Tensor, copies: torch.cuda.Stream | None) -> "_Fetched":
+        if copies is None:
+            return self._store.index_select(0, index), None
+        with torch.cuda.stream(copies):
+            rows = torch.empty(
+                len(index), *self._store.shape[1:], dtype=self.dtype, pin_memory=True
+            )
+            torch.index_select(self._store, 0, index, out=rows)
+            # PyTorch gives the pinned memory to nobody else before the copy has read it.
+            return rows.to(self.device, non_blocking=True), copies.record_event()
+
+    def _received(self, fetched: "Future[_Fetched]") -> Tensor:
+        try:
+            rows, copied = fetched.result()
+        except Exception as error:
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise BoostError(
+                f"features could not be fetched from the {self.place}: {why}"
+            ) from error
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            # It was allocated for another stream, which must not have it back too soon.
+            rows.record_stream(stream)
+        return self._image(rows)
+
     def chunk(self, first: int, last: int) -> Tensor:
         """[last - first, C, H, W] of images first to last - 1, as take."""
         return self._image(self._store[first:last])
@@ -93,6 +151,10 @@ class FeatureCache:
         _, C, H, W = self.shape
         rows = rows.to(self.device, non_blocking=self.place == "host")
         return rows.view(-1, H, W, C).permute(0, 3, 1, 2)
+
+
+# Rows of features, and on a GPU the event after which they are there.
+_Fetched = tuple[Tensor, torch.cuda.Event | None]
 
 
 def chunks(count: int) -> list[tuple[int, int]]:

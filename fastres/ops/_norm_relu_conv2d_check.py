@@ -1,10 +1,14 @@
 """What norm_relu_conv2d and preact_unit take: shapes served, and the checks of their inputs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastres.ops._batch_norm_check import check_batch_norm
+from fastres.ops._meprop import count_kept
 from fastres.ops._norm import Norm
+from fastres.ops.meprop_conv2d import MePropConv2d
 
 # A block of channels is a side of a tensor core's product.
 CHANNELS = 16
@@ -15,12 +19,12 @@ def serves(conv: nn.Conv2d) -> bool:
     """Whether the fused kernels take a convolution's place: by its shape alone.
 
     3x3 with padding 1, or 1x1 without, at stride 1 or 2; channels in multiples of 16 on both sides;
-    no bias, groups or dilation. Subclasses of nn.Conv2d, whose forward may be another, are not
-    served.
+    no bias, groups or dilation. Of nn.Conv2d's subclasses, whose forward may be another, only
+    MePropConv2d is served, in mode "unified".
     """
     size = conv.kernel_size[0]
     return (
-        type(conv) is nn.Conv2d
+        (type(conv) is nn.Conv2d or (type(conv) is MePropConv2d and conv.mode == "unified"))
         and conv.kernel_size in ((1, 1), (3, 3))
         and conv.stride in ((1, 1), (2, 2))
         and conv.padding in ((size // 2, size // 2), size // 2)
@@ -31,6 +35,13 @@ def serves(conv: nn.Conv2d) -> bool:
         and conv.in_channels % CHANNELS == 0
         and conv.out_channels % CHANNELS == 0
     )
+
+
+def kept_channels(conv: nn.Conv2d) -> int:
+    """How many output channels the backward of a convolution goes by: meProp's, or all."""
+    if type(conv) is MePropConv2d and conv.training and not conv.dense:
+        return count_kept(conv.k, conv.ratio, conv.out_channels, "out channels")
+    return conv.out_channels
 
 
 def check_norm(x: Tensor, norm: Norm, name: str) -> None:
@@ -110,6 +121,7 @@ def check_unit(
     row_scale: Tensor | None,
     index: Tensor | None,
     position: Tensor | None,
+    kept: Sequence[int] | None,
     takes: bool,
 ) -> None:
     """Raise ValueError unless everything fits; takes: whether kernels run it."""
@@ -137,6 +149,8 @@ def check_unit(
         )
     check_norm(x.new_empty(x.shape[0], K, 2, 1), norm2, "norm2")
     check_row_scale(x, row_scale)
+    if kept is not None and (len(kept) != 3 or not all(1 <= k <= K for k in kept)):
+        raise ValueError(f"kept: expected three numbers of channels, 1 to {K}, got {list(kept)}")
     check_subset(x, row_scale, index, position)
     N, _, H, W = x.shape
     samples = N if index is None else index.shape[0]

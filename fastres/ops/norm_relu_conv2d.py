@@ -126,11 +126,10 @@ def _(
     eps: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x),
-        *(x.new_empty(0) if p is None else torch.empty_like(p) for p in (norm_weight, norm_bias)),
-        torch.empty_like(weight),
+    dweight, dbias = (
+        x.new_empty(0) if p is None else torch.empty_like(p) for p in (norm_weight, norm_bias)
     )
+    return torch.empty_like(x), dweight, dbias, torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

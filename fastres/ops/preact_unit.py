@@ -7,7 +7,7 @@ registered op with its backward, the function, the Module.
 Source: He et al. 2016, arXiv:1603.05027; stochastic depth: Huang et al. 2016, arXiv:1603.09382.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
 from fastres.ops._norm_relu_conv2d_check import check_unit
 from fastres.ops._register import kernels, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
+from fastres.ops.meprop_conv2d import meprop_conv2d_reference
 from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc
 
 
@@ -45,19 +46,27 @@ def preact_unit_reference(
     scale: float = 1.0,
     row_scale: Tensor | None = None,
     index: Tensor | None = None,
+    kept: Sequence[int] | None = None,
     norm_relu: Callable[[Tensor, Norm], Tensor] = norm_relu_reference,
 ) -> Tensor:
     """The definition of preact_unit, in PyTorch's own ops."""
+
+    def conv(a: Tensor, weight: Tensor, stride: int, which: int) -> Tensor:
+        given = a, weight.to(x.dtype), None, stride, weight.shape[2] // 2
+        if kept is None or kept[which] >= weight.shape[0]:
+            return F.conv2d(*given)
+        return meprop_conv2d_reference(*given, 1, 1, kept[which], "unified")
+
     if shortcut_weight is None:
         shortcut = x
         a = norm_relu(x if index is None else take_samples(x, index), norm1)
     else:
         # norm1 is of the shortcut, too, and sees every sample.
         a = norm_relu(x, norm1)
-        shortcut = F.conv2d(a, shortcut_weight.to(x.dtype), None, stride)
+        shortcut = conv(a, shortcut_weight, stride, 2)
         a = a if index is None else take_samples(a, index)
-    h = F.conv2d(a, weight1.to(x.dtype), None, stride, 1)
-    branch = F.conv2d(norm_relu(h, norm2), weight2.to(x.dtype), None, 1, 1)
+    h = conv(a, weight1, stride, 0)
+    branch = conv(norm_relu(h, norm2), weight2, 1, 1)
     if index is not None:
         return add_samples(shortcut, index, branch, scale)
     if row_scale is not None:
@@ -89,10 +98,12 @@ def _forward(
     eps1: float,
     eps2: float,
     with_moments: bool,
+    kept: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the partial of its moments, h, and mean and var of norm1 and of norm2, fp32.
 
-    Empty are the partial without with_moments, and of a norm in evaluation what was given.
+    Empty are the partial without with_moments, and of a norm in evaluation what was given. kept: of
+    conv1, conv2 and the projection, how many output channels their backward goes by.
     """
     return kernels("preact_unit", x).preact_unit_fwd(
         x, partial, chunk, index, position, (mean1, var1), (norm1_weight, norm1_bias), weight1,
@@ -125,6 +136,7 @@ def _(
     eps1: float,
     eps2: float,
     with_moments: bool,
+    kept: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return kernels("preact_unit", x).empty_outputs(
         x, index, mean1 is None, weight1, mean2 is None, weight2, stride, with_moments
@@ -156,12 +168,13 @@ def _backward(
     eps2: float,
     training1: bool,
     training2: bool,
+    kept: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, of norm1 dweight and dbias, of norm2 too, and the weights' gradients in one, flat."""
     return kernels("preact_unit", x).preact_unit_bwd(
         dy, x, h, index, position, (mean1, var1), (norm1_weight, norm1_bias), weight1,
         (mean2, var2), (norm2_weight, norm2_bias), weight2, shortcut_weight, row_scale, scale,
-        stride, (eps1, eps2), (training1, training2),
+        stride, (eps1, eps2), (training1, training2), (kept[0], kept[1], kept[2]),
     )  # fmt: skip
 
 
@@ -190,21 +203,22 @@ def _(
     eps2: float,
     training1: bool,
     training2: bool,
+    kept: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     weights = (weight1, weight2, shortcut_weight)
-    return (
-        torch.empty_like(x),
-        *(x.new_empty(0) if v is None else torch.empty_like(v) for v in vectors),
-        weight1.new_empty(sum(w.numel() for w in weights if w is not None)),
+    dweight1, dbias1, dweight2, dbias2 = (
+        x.new_empty(0) if v is None else torch.empty_like(v) for v in vectors
     )
+    dweights = weight1.new_empty(sum(w.numel() for w in weights if w is not None))
+    return torch.empty_like(x), dweight1, dbias1, dweight2, dbias2, dweights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, _, index, position = inputs[:5]
     mean1, var1, norm1_weight, norm1_bias, weight1 = inputs[5:10]
     mean2, var2, norm2_weight, norm2_bias, weight2, shortcut_weight, row_scale = inputs[10:17]
-    ctx.numbers = inputs[17:21]
+    ctx.numbers, ctx.kept = inputs[17:21], inputs[22]
     ctx.training = mean1 is None, mean2 is None
     _, _, h, *batch = output
     ctx.mark_non_differentiable(*output[1:])
@@ -222,7 +236,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 # Where the differentiable inputs stand among those of the op: x, of each norm weight and bias, and
 # the weights.
-_INPUTS, _X, _NORMS, _WEIGHTS = 22, 0, (7, 8, 12, 13), (9, 14, 15)
+_INPUTS, _X, _NORMS, _WEIGHTS = 23, 0, (7, 8, 12, 13), (9, 14, 15)
 
 
 @without_autocast
@@ -232,7 +246,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
         return tuple(grads)
     saved = ctx.saved_tensors
     dx, *dnorms, flat = torch.ops.fastres.preact_unit_backward.default(
-        dy, *saved, *ctx.numbers, *ctx.training
+        dy, *saved, *ctx.numbers, *ctx.training, ctx.kept
     )
     start, weights = 0, (saved[8], saved[13], saved[14])
     grads[_X] = dx
@@ -262,6 +276,7 @@ def preact_unit(
     row_scale: Tensor | None = None,
     index: Tensor | None = None,
     position: Tensor | None = None,
+    kept: Sequence[int] | None = None,
     moments: BatchMoments | None = None,
     with_moments: bool = False,
 ) -> tuple[Tensor, BatchMoments | None]:
@@ -284,6 +299,8 @@ def preact_unit(
         index, position: int64 [s] and [N], the samples that take the branch, and for each sample
             where it lies among them or -1; or both None. Without a shortcut_weight norm1 sees, as
             norm2 does in any case, only these. Not with row_scale.
+        kept: for meProp ("unified"), the output channels by which the backward of conv1, of conv2
+            and of the projection goes, those of largest sum |gradient|; None: all.
         moments: those of x, from the unit that made it, or None: then a kernel more takes them.
         with_moments: whether to return the moments of y for the next unit.
     Returns:
@@ -298,14 +315,15 @@ def preact_unit(
     takes = takes_kernels(x)
     check_unit(
         x, norm1, weight1, norm2, weight2, shortcut_weight, stride, row_scale, index, position,
-        takes,
+        kept, takes,
     )  # fmt: skip
     if not takes or x.numel() == 0 or (index is not None and index.numel() == 0):
         y = preact_unit_reference(
             x, norm1, weight1, norm2, weight2, shortcut_weight, stride, scale, row_scale, index,
-            norm_relu,
+            kept, norm_relu,
         )  # fmt: skip
         return y, None
+    kept = kept or [weight1.shape[0]] * 3
     mean1, var1 = norm1.statistics
     mean2, var2 = norm2.statistics
     partial, chunk = (None, 0) if moments is None else moments
@@ -314,7 +332,7 @@ def preact_unit(
         as_nhwc(x), partial, chunk, index, position,
         mean1, var1, norm1.weight, norm1.bias, weights[0],
         mean2, var2, norm2.weight, norm2.bias, weights[1], weights[2],
-        row_scale, scale, stride, norm1.eps, norm2.eps, with_moments,
+        row_scale, scale, stride, norm1.eps, norm2.eps, with_moments, [*kept],
     )  # fmt: skip
     seen = x if index is None or shortcut_weight is not None else index
     update_stats(norm1, mean1, var1, seen.shape[0] * x.shape[2] * x.shape[3])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._norm import Norm
-from fastres.ops._norm_relu_conv2d_check import serves
+from fastres.ops._norm_relu_conv2d_check import kept_channels, serves
 from fastres.ops._register import takes_kernels
 from fastres.ops._samples import take_samples
 from fastres.ops.batch_norm_relu import BatchNormReLU2d
@@ -57,7 +57,8 @@ class PreActUnit(nn.Module):
         stride: 1 or 2.
         shortcut: where the shape changes, a Module from relu(bn1(x)) to the sum's other side; by
             default a 1x1 convolution.
-        conv: makes each convolution; the one op serves those of plain_conv.
+        conv: makes each convolution; the one op serves nn.Conv2d, and MePropConv2d of mode
+            "unified".
         norm_relu: makes bn1 and bn2, whose forward takes an index, too.
         drop: stochastic depth, or None.
         whole: False keeps to the layers.
@@ -93,20 +94,26 @@ class PreActUnit(nn.Module):
             and (shortcut is None or isinstance(shortcut, nn.Conv2d | PadShortcut))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, OH, OW]."""
-        return self.with_moments(x, None)[0]
+    def forward(
+        self, x: Tensor, moments: BatchMoments | None = None, with_moments: bool = False
+    ) -> Tensor | tuple[Tensor, BatchMoments | None]:
+        """[N, C, H, W] to [N, K, OH, OW].
 
-    def with_moments(
-        self, x: Tensor, moments: BatchMoments | None
-    ) -> tuple[Tensor, BatchMoments | None]:
-        """y, and its moments for the next unit, as this one takes those of x; None: unknown."""
+        Args:
+            moments: those of x, from the unit that made it; None: a kernel more takes them.
+            with_moments: return y and its moments, for the next unit, or None where there are none.
+        """
         if self.whole and takes_kernels(x):
-            return self._fused(x, moments)
-        return self._by_layers(x), None
+            y, moments = self._fused(x, moments, with_moments and self.training)
+        else:
+            y, moments = self._by_layers(x), None
+        return (y, moments) if with_moments else y
 
-    def _fused(self, x: Tensor, moments: BatchMoments | None) -> tuple[Tensor, BatchMoments | None]:
-        drop, options = self.drop, {}
+    def _fused(
+        self, x: Tensor, moments: BatchMoments | None, with_moments: bool
+    ) -> tuple[Tensor, BatchMoments | None]:
+        drop = self.drop
+        options: dict[str, Any] = {"kept": self._kept()}
         if drop is not None and self.training and drop.p > 0:
             N = x.shape[0]
             if drop.mode == "subset":
@@ -115,22 +122,30 @@ class PreActUnit(nn.Module):
                     return self._dropped(x, moments)
                 key, unit = key_of(drop.generator, x.device)
                 index, position = draw_subset(key, N, kept, unit)
-                options = {"index": index, "position": position, "scale": N / kept}
+                options |= {"index": index, "position": position, "scale": N / kept}
             elif drop.mode == "batch":
                 if drop.drops():
                     return self._dropped(x, moments)
-                options = {"scale": 1.0 / (1.0 - drop.p)}
+                options |= {"scale": 1.0 / (1.0 - drop.p)}
             else:
                 # 1 / (1 - p) where a sample keeps its branch, and else 0: one launch.
                 one = torch.ones((), device=x.device).expand(N, 1, 1, 1)
                 zero = torch.zeros((), device=x.device).expand(N, 1, 1, 1)
                 scale = stochastic_depth_add(one, zero, drop.p, "row", True, drop.generator)
-                options = {"row_scale": scale.view(N)}
+                options |= {"row_scale": scale.view(N)}
         return preact_unit(
             x, Norm.of(self.bn1), self.conv1.weight, Norm.of(self.bn2), self.conv2.weight,
             self._shortcut_weight(x), self.conv1.stride[0], moments=moments,
-            with_moments=self.training, **options,
+            with_moments=with_moments, **options,
         )  # fmt: skip
+
+    def _kept(self) -> list[int] | None:
+        """Channels by which meProp's backward goes, of each convolution; None: all of all."""
+        K = self.conv1.out_channels
+        kept = [kept_channels(self.conv1), kept_channels(self.conv2), K]
+        if isinstance(self.shortcut, nn.Conv2d):
+            kept[2] = kept_channels(self.shortcut)
+        return kept if min(kept) < K else None
 
     def _shortcut_weight(self, x: Tensor) -> Tensor | None:
         if isinstance(self.shortcut, nn.Conv2d):

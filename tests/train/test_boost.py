@@ -14,7 +14,15 @@ from train.tiny_growths import TINY, grow, growth_of, lines, silent
 from train.tiny_runs import same, weights_of
 from unit_trainer import UnitTrainer
 
-from fastres.boost import Boosting, Verdict, boosting_loss, outputs, training_costs, weak_unit
+from fastres.boost import (
+    Boosting,
+    FeatureCache,
+    Verdict,
+    boosting_loss,
+    outputs,
+    training_costs,
+    weak_unit,
+)
 
 pytestmark = pytest.mark.usefixtures("native_path")
 
@@ -30,8 +38,8 @@ def test_a_run_leaves_everything_behind(grown: Path) -> None:
         for name in ("train", "dev", "test"):
             assert 0 <= unit[f"{name}_accuracy"] <= 100
         assert unit["seconds"] > 0 and unit["memory_bytes"] > 1e6
-    assert [unit["cache_place"] for unit in units] == ["host", "host", "host"]
-    assert [unit["cache_bytes"] for unit in units][:2] == [40 * 4 * 64 * 4, 40 * 8 * 16 * 4]
+    assert [unit["cache_place"] for unit in units] == ["none", "host", "host"]
+    assert [unit["cache_bytes"] for unit in units] == [0, 40 * 4 * 64 * 4, 40 * 8 * 16 * 4]
     summary = json.loads((grown / "summary.json").read_text())
     assert summary["units"] == 3 and summary["epochs"] == 1
     assert summary["ended"] == "all 3 units are grown"
@@ -66,7 +74,7 @@ def test_resume_goes_on_bitwise(grown: Path, tmp_path: Path) -> None:
     a, b = (checkpoint.load(out / "checkpoint.pt")["boosting"] for out in (tmp_path, grown))
     assert torch.equal(a.pop("state"), b.pop("state"))
     assert torch.equal(a.pop("contribution"), b.pop("contribution")) and a == b
-    times = {"seconds", "training_seconds", "cache_seconds", "memory_bytes"}
+    times = {"seconds", "training_seconds", "cache_seconds", "evaluation_seconds", "memory_bytes"}
     for x, y in zip(lines(tmp_path / "metrics.jsonl"), lines(grown / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in x.items() if k not in times} == {
             k: v for k, v in y.items() if k not in times
@@ -106,7 +114,7 @@ def test_refinement_begins_with_the_grown_network(grown: Path, tmp_path: Path) -
     "flags",
     [
         ["--features", "fresh"],
-        ["--boost-loss", "cost"],
+        ["--boost-loss", "exp"],
         ["--precision", "fp16"],
         ["--precision", "bf16", "--cache-precision", "fp32"],
         ["--precision", "pure-fp16"],
@@ -138,10 +146,13 @@ def test_a_method_grows_and_resumes_bitwise(flags: list[str], tmp_path: Path) ->
 def test_features_on_disk_are_those_in_memory(grown: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     flags = ["--cache-host-gb", "0", "--cache-device-gb", "0", "--cache-dir", str(cache)]
-    grow(tmp_path / "out", *flags, "--no-refine")
+    with pytest.MonkeyPatch.context() as patch:
+        # By the thread that fetches ahead, and by it alone.
+        patch.setattr(FeatureCache, "take", lambda *_: pytest.fail("fetched by the training loop"))
+        grow(tmp_path / "out", *flags, "--no-refine")
     assert same(weights_of(tmp_path / "out"), weights_of(grown))
     places = [unit["cache_place"] for unit in lines(tmp_path / "out" / "metrics.jsonl")]
-    assert places[:2] == ["disk", "disk"] and not list(cache.iterdir())
+    assert places == ["none", "disk", "disk"] and not list(cache.iterdir())
     assert not (tmp_path / "out" / "refined").exists()
 
 
@@ -149,6 +160,7 @@ def test_outputs_from_the_cache_are_those_from_the_images() -> None:
     growth = growth_of()
     growth.grow(silent())
     growth.grow(silent())
+    growth.frozen.advance()
     part = weak_unit(growth.plan, 2, growth.frozen.parts[-1])
     costs = training_costs(growth.boosting.costs())
     trainer = UnitTrainer(growth.config.of_unit(2, 0), growth.frozen, part, costs)

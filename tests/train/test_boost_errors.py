@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,13 @@ import checkpoint
 import main as training
 import pytest
 from boost_config import parse
-from errors import TrainError
+from errors import LoneError, TrainError
 from PIL import Image
+from torch import Tensor
 from train.tiny_growths import DATA, TINY, grow, growth_of, lines
 from train.tiny_runs import same, weights_of
+
+from fastres.boost import FeatureCache
 
 pytestmark = pytest.mark.usefixtures("native_path")
 
@@ -130,7 +134,7 @@ def test_nothing_that_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_full_disk_loses_nothing(
     grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The unit before is in its checkpoint, and the growth goes on from it elsewhere."""
+    """Every unit that was trained is in the checkpoint, and the growth goes on elsewhere."""
     out = tmp_path / "out"
     flags = [*TINY, "--out", str(out), "--no-refine"]
     disk = ["--cache-host-gb", "0", "--cache-device-gb", "0", "--cache-dir", str(tmp_path / "c")]
@@ -140,9 +144,35 @@ def test_a_full_disk_loses_nothing(
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
         fails([*flags, *disk], capsys, "free the disk", str(tmp_path / "c"))
     assert not os.listdir(tmp_path / "c")
-    assert [unit["unit"] for unit in lines(out / "metrics.jsonl")] == [1]
+    assert [unit["unit"] for unit in lines(out / "metrics.jsonl")] == [1, 2]
     assert boost.main(flags) == 0
     assert same(weights_of(out), weights_of(grown))
+
+
+def test_features_that_cannot_be_fetched(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the midst of an epoch, by the thread that fetches them; the process that met it says it,
+    leading or not."""
+    disk = ["--cache-host-gb", "0", "--cache-device-gb", "0", "--cache-dir", str(tmp_path / "c")]
+    flags = [*TINY, "--out", str(tmp_path / "out"), "--no-refine"]
+    fetch, left = FeatureCache._fetch, [3]
+
+    def fails_later(self: FeatureCache, index: Tensor, copies: None) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the disk is gone")
+        return fetch(self, index, copies)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureCache, "_fetch", fails_later)
+        fails([*flags, *disk], capsys, "could not be fetched from the disk: the disk is gone")
+    assert [thread.name for thread in threading.enumerate() if "features" in thread.name] == []
+    assert [unit["unit"] for unit in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+    assert boost.main(flags) == 0
+    assert same(weights_of(tmp_path / "out"), weights_of(grown))
+    assert training.fail(LoneError("here alone"), leads=False, status=1) == 1
+    assert capsys.readouterr().err == "error: here alone\n"
 
 
 def test_divergence_stops_the_growth_and_keeps_the_checkpoint(

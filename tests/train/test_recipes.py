@@ -4,17 +4,15 @@ from pathlib import Path
 
 import pytest
 import recipes
+from boost_config import BoostConfig
+from boost_config import parse as parse_boost
 from config import Config, parse, to_flags
-from recipes import SWEEPS, TABLE, Changes, Recipe, Setting
+from recipes import SWEEPS, TABLE, Changes, Setting
+from table_runs import CONFIGS
 
 BEST = Path(__file__).parents[2] / "train" / "best.toml"
 FULL = Setting(epochs=200, half="fp16")
 QUICK = Setting(epochs=4, half="bf16", quick=True)
-
-
-def changes_of(recipe: Recipe) -> Changes:
-    assert recipe.changes is not None
-    return recipe.changes
 
 
 @pytest.mark.parametrize("setting", [FULL, QUICK], ids=["full", "quick"])
@@ -25,10 +23,9 @@ def test_every_row_is_a_run_of_the_training_program(setting: Setting) -> None:
     ]
     assert len({recipe.name for recipe in found}) == len(found)
     for recipe in found:
-        if recipe.changes is None:
-            continue
         settings: Changes = {"epochs": setting.epochs, **recipe.changes}
-        assert parse(to_flags(settings)) == Config(**settings), recipe.name
+        reads = {"main.py": parse, "boost.py": parse_boost}[recipe.program]
+        assert reads(to_flags(settings)) == CONFIGS[recipe.program](**settings), recipe.name
         assert recipe.about and not recipe.about.endswith(".")
 
 
@@ -50,23 +47,31 @@ def test_the_reports_rows_are_the_reports() -> None:
     assert reported == [
         "baseline", "half_precision", "pre_activation", "four_workers", "stochastic_depth", "best",
     ]  # fmt: skip
-    base = Config(**changes_of(rows["baseline"]))
+    base = Config(**rows["baseline"].changes)
     assert (base.block, base.batch_size, base.precision) == ("postact", 128, "fp32")
     assert not base.fused and base.drop_prob == 0 and base.epochs == 200
-    half = Config(**changes_of(rows["half_precision"]))
+    half = Config(**rows["half_precision"].changes)
     assert half == Config(block="postact", precision="fp16")
-    best = Config(**changes_of(rows["best"]))
+    best = Config(**rows["best"].changes)
     assert (best.block, best.batch_size, best.micro_batches) == ("preact", 1024, 4)
     assert (best.drop_prob, best.drop_mode, best.drop_schedule) == (0.5, "batch", "uniform")
     assert best.warmup_epochs == 5 and best.peak_lr == pytest.approx(0.8)
     told = rows["best"].reported
     assert told and (told.minutes, told.train, told.test) == (32, 99.1, 93.4)
-    assert rows["boostresnet"].changes is None
+
+
+def test_a_growth_takes_no_more_passes_than_the_other_rows_have_epochs() -> None:
+    for setting in (FULL, QUICK):
+        recipe = next(r for r in recipes.table_rows(setting) if r.name == "boostresnet")
+        config = BoostConfig(**recipe.changes)
+        # One of each unit, and as much for its classifier, edge and features.
+        assert 2 * config.unit_epochs + config.epochs < setting.epochs
+        assert config.refine and config.fused and config.most_units == 9
 
 
 def test_all_that_stacks_is_the_best_file_on_four_workers() -> None:
     everything = next(r for r in recipes.table_rows(FULL) if r.name == "everything")
-    flags = to_flags(changes_of(everything))
+    flags = to_flags(everything.changes)
     best = parse(["--config", str(BEST), "--micro-batches", "4"])
     assert parse(["--config", str(BEST), *flags]) == best
     assert parse(flags) == Config(**{**best.as_dict(), "config": None})
@@ -78,7 +83,6 @@ def test_the_stack_adds_one_thing_after_another() -> None:
     before: Changes = {}
     for row in recipes.STACK:
         changes = row(FULL)
-        assert changes is not None
         kept = set(before) - {"block", "batch_size"}
         assert {key: changes[key] for key in kept} == {key: before[key] for key in kept}
         assert changes != before
@@ -87,10 +91,9 @@ def test_the_stack_adds_one_thing_after_another() -> None:
 
 def test_a_quick_run_takes_a_quarter_of_each_batch() -> None:
     for full, quick in zip(recipes.table_rows(FULL), recipes.table_rows(QUICK), strict=True):
-        if full.changes is not None and quick.changes is not None:
-            assert quick.changes["batch_size"] * 4 == full.changes["batch_size"]
-            # Shared by four workers, with a few images each.
-            assert quick.changes["batch_size"] % 16 == 0
+        assert quick.changes["batch_size"] * 4 == full.changes["batch_size"]
+        # Shared by four workers, with a few images each.
+        assert quick.changes["batch_size"] % 16 == 0
 
 
 def test_the_sweeps_span_the_reports() -> None:
@@ -98,11 +101,11 @@ def test_the_sweeps_span_the_reports() -> None:
     survival = SWEEPS["survival"](FULL)
     assert {r.series for r in survival} == {"", "uniform", "linear"}
     for recipe in survival:
-        assert changes_of(recipe).get("drop_prob", 0.0) == pytest.approx(1 - recipe.x)
+        assert recipe.changes.get("drop_prob", 0.0) == pytest.approx(1 - recipe.x)
     ratios = SWEEPS["meprop-ratio"](FULL)
     assert min(r.x for r in ratios) == 0.05 and max(r.x for r in ratios) == 1
-    assert {changes_of(r)["width"] for r in ratios} == {16, 64, 256}
+    assert {r.changes["width"] for r in ratios} == {16, 64, 256}
     rates = SWEEPS["optimizer"](FULL)
-    usual = {r.series: Config(optimizer=changes_of(r)["optimizer"]).lr for r in rates}
+    usual = {r.series: Config(optimizer=r.changes["optimizer"]).lr for r in rates}
     for name, lr in usual.items():
         assert lr in [r.x for r in rates if r.series == name]

@@ -50,7 +50,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_failing_row_is_reported_and_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real trainings: one that diverges, then four emulated workers."""
+    """Real trainings: one that diverges, four emulated workers, and a growth."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(recipes, "TABLE", (diverging, recipes.everything, recipes.boostresnet))
@@ -61,7 +61,13 @@ def test_a_failing_row_is_reported_and_stops_no_other(
     rows = rows_of(out / "table.csv")
     assert rows["diverging"]["state"] == "failed" and rows["diverging"]["test_mean"] == ""
     assert "Failed: diverging, seed 0: the loss of epoch 1 is" in text and "diverged" in text
-    assert rows["boostresnet"]["state"] == "left open"
+    grown, refined = rows["boostresnet (grown)"], rows["boostresnet"]
+    assert grown["state"] == refined["state"] == "trained"
+    assert 0 < float(grown["minutes_mean"]) < float(refined["minutes_mean"])
+    held = json.loads((out / "boostresnet" / "seed-0" / "summary.json").read_text())
+    assert float(grown["test_mean"]) == held["before_refinement"]["test_accuracy"]
+    assert float(refined["test_mean"]) == held["test_accuracy"]
+    assert (held["units"], held["epochs"], held["config"]["unit_epochs"]) == (3, 1, 1)
     done = rows["everything"]
     assert done["state"] == "trained" and done["emulated"] == "True" and done["test_sd"] == ""
     assert 0 <= float(done["test_mean"]) <= 100 and float(done["minutes_mean"]) > 0
@@ -71,7 +77,7 @@ def test_a_failing_row_is_reported_and_stops_no_other(
     assert "quick" in text and "bf16" in text and "†" in text
     assert "diverged" in (out / "diverging" / "seed-0" / "log.txt").read_text()
     drawn = (out / "table.svg").read_text()
-    assert "everything†" in drawn and "diverging" not in drawn and "boostresnet" not in drawn
+    assert "everything†" in drawn and "diverging" not in drawn and "boostresnet (grown)" in drawn
     # Only what failed is tried again.
     tried: list[str] = []
     monkeypatch.setattr(Run, "train", lambda run, lock: tried.append(run.recipe.name))
@@ -112,7 +118,7 @@ def test_a_table_of_three_seeds(
 
 def test_the_stack_is_a_waterfall(tmp_path: Path, made_up: list[str]) -> None:
     assert main([*FLAGS, "--out", str(tmp_path)]) == 0
-    assert len(made_up) == 12
+    assert len(made_up) == 13
     drawn = (tmp_path / "waterfall.svg").read_text()
     for text in ("baseline", "+ pre-activation", "+ half precision†", "in all", "2.00 ×"):
         assert f"<!-- {text} -->" in drawn, text
@@ -189,7 +195,6 @@ def test_the_usual_table_and_the_quick_one() -> None:
     ("flags", "words"),
     [
         (["--rows", "besst"], ["--rows besst", "best"]),
-        (["--rows", "boostresnet"], ["left open"]),
         (["--seeds", "1", "1"], ["--seeds 1 1", "each once"]),
         (["--depth", "21"], ["row baseline", "--depth 21", "6n + 2"]),
         (["--sweep", "depth"], ["depth", "batch-size"]),
@@ -254,8 +259,8 @@ def run_of(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int = 1
 ) -> Run:
     """A run whose program is another one."""
-    (tmp_path / "program.py").write_text(program)
-    monkeypatch.setattr(table_runs, "_MAIN", tmp_path / "program.py")
+    (tmp_path / "main.py").write_text(program)
+    monkeypatch.setattr(table_runs, "_PROGRAMS", tmp_path)
     recipe = next(r for r in recipes.table_rows(Setting(2, "bf16")) if r.name == "fused")
     settings = {"out": tmp_path / "run", "batch_size": 128, "fused": True}
     return Run(recipe, 0, processes, settings)
