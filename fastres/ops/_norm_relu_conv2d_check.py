@@ -151,6 +151,25 @@ def check_unit(
     check_row_scale(x, row_scale)
     if kept is not None and (len(kept) != 3 or not all(1 <= k <= K for k in kept)):
         raise ValueError(f"kept: expected three numbers of channels, 1 to {K}, got {list(kept)}")
+    check_subset(x, row_scale, index, position)
+    N, _, H, W = x.shape
+    samples = N if index is None else index.shape[0]
+    if shortcut_weight is None:
+        check_values(norm1, "norm1", [samples, C, H, W])
+    check_values(norm2, "norm2", [samples, K, (H - 1) // stride + 1, (W - 1) // stride + 1])
+
+
+def check_values(norm: Norm, name: str, shape: list[int]) -> None:
+    """Raise ValueError where one value of a channel has no variance; shape: what the norm sees."""
+    if norm.training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"{name}: expected more than 1 value per channel in training, got shape {shape}"
+        )
+
+
+def check_subset(
+    x: Tensor, row_scale: Tensor | None, index: Tensor | None, position: Tensor | None
+) -> None:
     if (index is None) != (position is None):
         raise ValueError("index and position: expected both or neither, got one")
     if index is None or position is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops._autocast import autocast_dtype, without_autocast
+from fastres.ops._autocast import autocast_dtype, autocasts, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
 from fastres.ops._norm_relu_conv2d_check import (
     check_like,
@@ -198,7 +198,8 @@ def norm_relu_conv2d(
     """
     dtype = autocast_dtype(x)
     x = x.to(dtype)
-    residual = None if residual is None else residual.to(dtype)
+    if residual is not None and autocasts(x.device.type):
+        residual = residual.to(dtype)
     check_stride(stride)
     check_norm(x, norm, "norm")
     takes = takes_kernels(x)
