@@ -23,8 +23,9 @@ MAX_CHUNKS = 256
 BLOCK_M = 128
 BLOCK_C = 64
 BLOCK_P = 64
-# Bytes of a weight's block that a program keeps in shared memory for all of its tiles.
-MAX_WEIGHT_BYTES = 80_000
+# Bytes of a weight's block that a program keeps for all of its tiles: in shared memory, or on AMD,
+# where a product's factors come from registers, in these.
+MAX_WEIGHT_BYTES = {"cuda": 80_000, "hip": 5_000}
 
 
 @triton.jit
@@ -142,18 +143,14 @@ class Blocks:
 
 
 def blocks_of(inner: int, outer: int, taps: int, dtype: torch.dtype) -> Blocks:
-    """For products over `inner` channels to `outer` ones. Not tuned on a GPU yet.
-
-    A kept weight is loaded once a program, into shared memory; on AMD into registers, which would
-    not hold a wide one.
-    """
-    single, amd = dtype == torch.float32, family() == "hip"
+    """For products over `inner` channels to `outer` ones. Not tuned on a GPU yet."""
+    single = dtype == torch.float32
     # fp32 is multiplied without tensor cores, and takes twice the registers.
     most = BLOCK_C // 2 if single else BLOCK_C
     inner_block, outer_block = block_of(inner, most), block_of(outer, most)
     wide = max(inner_block, outer_block) > 32
     nbytes = taps * taps * inner_block * outer_block * dtype.itemsize
-    keeps = inner <= inner_block and nbytes <= MAX_WEIGHT_BYTES and not (amd and wide)
+    keeps = inner <= inner_block and nbytes <= MAX_WEIGHT_BYTES[family()]
     rows = BLOCK_M // 2 if inner > inner_block else rows_of(dtype)
     return Blocks(inner_block, outer_block, rows, keeps, 8 if wide else 4)
 
