@@ -127,10 +127,10 @@ def moments_of(x: Tensor) -> BatchMoments:
     return BatchMoments(found.partial, found.chunk)
 
 
-def merged(moments: BatchMoments, values: int) -> tuple[Tensor, Tensor]:
+def merged(moments: BatchMoments, chunk: int, values: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of so many values a channel, in fp64."""
     means, squares = moments.partial.double()
-    rows = [min(moments.chunk, values - p * moments.chunk) for p in range(len(means))]
+    rows = [min(chunk, values - p * chunk) for p in range(len(means))]
     weight = torch.tensor(rows, device=means.device, dtype=torch.float64)[:, None] / values
     assert bool((weight > 0).all())
     mean = (means * weight).sum(0)
@@ -178,7 +178,8 @@ def run(
 def check_moments(y: Tensor, moments: BatchMoments) -> None:
     """What a unit leaves for the next one are the moments of what it stored."""
     values = y.double().transpose(0, 1).flatten(1)
-    mean, var = merged(moments, values.shape[1])
+    chunk = _register._import_kernels("preact_unit").moments_chunk(y)
+    mean, var = merged(moments, chunk, values.shape[1])
     # A variance is off by the mean's own rounding, too.
     reach = EPSILONS * EPS * values.abs().amax(1)
     off = mean - values.mean(1)

@@ -220,8 +220,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     ),
     "norm1's sums are divided by every sample": (
         "preact_unit",
-        "rows1 = (branch if of_branch else N) * pixels",
-        "rows1 = N * pixels",
+        "rows1 = (branch if of_branch else N) * S",
+        "rows1 = N * S",
         PICKED,
     ),
     "BatchNorm's backward reaches samples that took no branch": (
