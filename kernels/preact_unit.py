@@ -13,7 +13,7 @@ import functools
 
 import torch
 
-from ._conv import as_nhwc, conv2d_shape, empty_nhwc, merges
+from ._conv import as_nhwc, blocks_of, conv2d_shape, empty_nhwc, merges, pixels
 from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward, conv_pixels
@@ -32,9 +32,10 @@ from .norm_relu_conv2d import (
 Vector = torch.Tensor | None
 
 
-def moments_chunk(y: torch.Tensor, weight2: torch.Tensor) -> int:
+def moments_chunk(y: torch.Tensor) -> int:
     """Pixels of a chunk of the moments that a unit leaves of its output y."""
-    return conv_pixels(y.shape, weight2, y.dtype).chunk
+    N, K, H, W = y.shape
+    return pixels(N * H * W, blocks_of(K, K, 3, y.dtype).rows).chunk
 
 
 def empty_outputs(
@@ -87,8 +88,9 @@ def preact_unit_fwd(
     Empty are the partial without with_moments, and what was given: means and vars in evaluation.
 
     Args:
-        x: [N, C, H, W], dense in NHWC; partial, chunk: its moments, of chunks of so many pixels, or
-            None and 0: then a kernel more takes them, as it does of a subset.
+        x: [N, C, H, W], dense in NHWC.
+        partial, chunk: its moments, of chunks of so many pixels, 0: as a unit leaves them; or None:
+            then a kernel more takes them, as it does of a subset.
         index: int64 [s], the samples that take the branch; position: int64 [N]; or both None.
         running1, running2: mean and var to normalise by, or None for the batch's.
         norm1, norm2: weight and bias, [C] and [K], or None.
@@ -104,7 +106,8 @@ def preact_unit_fwd(
         stats1 = batch_stats(x, seen)
     else:
         rows = x.numel() // x.shape[1]
-        stats1 = stats_of(Moments(partial, chunk, rows), merges(x.shape[1], x.dtype))
+        moments = Moments(partial, chunk or moments_chunk(x), rows)
+        stats1 = stats_of(moments, merges(x.shape[1], x.dtype))
     first = stats1
     beside = shortcut_weight if index is None else None
     shortcut: torch.Tensor | None = x
@@ -162,9 +165,9 @@ def preact_unit_bwd(
             largest sum |g|; K is all.
     """
     dy = as_nhwc(dy)
-    N, branch, pixels = x.shape[0], h.shape[0], x.shape[2] * x.shape[3]
+    N, branch, S = x.shape[0], h.shape[0], x.shape[2] * x.shape[3]
     of_branch = index is not None and shortcut_weight is None
-    rows1 = (branch if of_branch else N) * pixels
+    rows1 = (branch if of_branch else N) * S
     first = Norm(Stats(*stats1, rows=rows1), *norm1, eps[0], training[0])
     second = Norm(Stats(*stats2, rows=h.numel() // h.shape[1]), *norm2, eps[1], training[1])
     dnorm = [empty_like_or_none(p) for p in (*norm1, *norm2)]

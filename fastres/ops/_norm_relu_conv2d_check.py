@@ -52,7 +52,8 @@ def check_norm(x: Tensor, norm: Norm, name: str) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if norm.momentum is None and norm.num_batches_tracked is None and norm.running_mean is not None:
+    tracks = norm.training and norm.running_mean is not None
+    if tracks and norm.momentum is None and norm.num_batches_tracked is None:
         raise ValueError(
             f"{name}: momentum: expected a float, got None: a cumulative average needs a batch "
             "counter, num_batches_tracked"

@@ -28,11 +28,11 @@ class BatchMoments(NamedTuple):
 
     Args:
         partial: fp32 [2, P, C], of each chunk the mean and the sum of squared deviations.
-        chunk: pixels of a chunk.
+        chunk: pixels of a chunk; 0: as preact_unit leaves them.
     """
 
     partial: Tensor
-    chunk: int
+    chunk: int = 0
 
 
 def preact_unit_reference(
@@ -337,6 +337,4 @@ def preact_unit(
     seen = x if index is None or shortcut_weight is not None else index
     update_stats(norm1, mean1, var1, seen.shape[0] * x.shape[2] * x.shape[3])
     update_stats(norm2, mean2, var2, h.numel() // h.shape[1])
-    if not with_moments:
-        return y, None
-    return y, BatchMoments(y_partial, kernels("preact_unit", x).moments_chunk(y, weight2))
+    return y, BatchMoments(y_partial) if with_moments else None

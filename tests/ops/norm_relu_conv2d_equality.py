@@ -324,8 +324,8 @@ def check(case: Case, device: str, op: Callable[..., Tensor] = norm_relu_conv2d)
 
 @contextmanager
 def few_programs() -> Iterator[None]:
-    """Slabs of few chunks: a small case's are empty but for some, and cost the interpreter 10 s."""
-    with _limited({"_conv_wgrad": {"PROGRAMS": 9}, "_conv_dx": {"BLOCK": 1024}}):
+    """Tiles of their true size, but one program for the sums of many a weight's gradient."""
+    with _limited({"_conv_dx": {"BLOCK": 2048}}):
         yield
 
 
@@ -343,7 +343,8 @@ def small_tiles() -> Iterator[None]:
             "_conv_forward": shared,
             "_conv_dgrad": shared,
             "_conv_wgrad": {"PROGRAMS": 9, "BLOCK_C": 16} | shared,
-            "_conv_dx": {"BLOCK_C": 16, "BLOCK": 512} | shared,
+            "_conv_dx": {"BLOCK_C": 16, "BLOCK": 2048} | shared,
+            "_conv_select": shared,
             "_moments": {"MAX_CHUNKS": 3, "MERGE_BLOCK_C": 16} | shared,
             "_tiles": {"TILE": 512, "MAX_PROGRAMS": 4},
         }

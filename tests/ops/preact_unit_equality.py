@@ -62,6 +62,8 @@ class Case:
     row_scale: bool = False
     # The share of the samples that take the branch, in an order of their own; None is no index.
     picked: float | None = None
+    # meProp's channels of conv1, conv2 and the projection; None is all.
+    kept: tuple[int, int, int] | None = None
     # Whether x's moments come with it.
     moments: bool = False
     values: str = "normal"
@@ -125,10 +127,10 @@ def moments_of(x: Tensor) -> BatchMoments:
     return BatchMoments(found.partial, found.chunk)
 
 
-def merged(moments: BatchMoments, values: int) -> tuple[Tensor, Tensor]:
+def merged(moments: BatchMoments, chunk: int, values: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of so many values a channel, in fp64."""
     means, squares = moments.partial.double()
-    rows = [min(moments.chunk, values - p * moments.chunk) for p in range(len(means))]
+    rows = [min(chunk, values - p * chunk) for p in range(len(means))]
     weight = torch.tensor(rows, device=means.device, dtype=torch.float64)[:, None] / values
     assert bool((weight > 0).all())
     mean = (means * weight).sum(0)
@@ -160,11 +162,13 @@ def run(
         case.scale, t["row_scale"], t["index"],
     )  # fmt: skip
     if not fused:
-        y = op(*args, **options)
+        y = op(*args, kept=case.kept, **options)
     else:
         x = tensor_of(t, "x")
         given_moments = moments_of(x.detach()) if case.moments and takes_kernels(x) else None
-        y, moments = op(*args, t["position"], given_moments, case.moments)
+        y, moments = op(
+            *args, t["position"], kept=case.kept, moments=given_moments, with_moments=case.moments
+        )
         if moments is not None:
             check_moments(y.detach(), moments)
     results = {"y": y.detach()} | gradients(y, leaves, t["dy"])
@@ -174,7 +178,8 @@ def run(
 def check_moments(y: Tensor, moments: BatchMoments) -> None:
     """What a unit leaves for the next one are the moments of what it stored."""
     values = y.double().transpose(0, 1).flatten(1)
-    mean, var = merged(moments, values.shape[1])
+    chunk = _register._import_kernels("preact_unit").moments_chunk(y)
+    mean, var = merged(moments, chunk, values.shape[1])
     # A variance is off by the mean's own rounding, too.
     reach = EPSILONS * EPS * values.abs().amax(1)
     off = mean - values.mean(1)
@@ -250,14 +255,14 @@ def exact(case: Case, given: Given, own: Own, noise: Noise | None = None) -> dic
     if noise is not None:
         rough["dy"] = noise(tensor_of(t, "dy"), stored=True)
 
-    def op(x: Tensor, norm1: Norm, *args: Any) -> Tensor:
+    def op(x: Tensor, norm1: Norm, *args: Any, kept: Any) -> Tensor:
         weight1, norm2, weight2, shortcut_weight, *others = args
         if noise is not None:
             weight1, weight2 = noise(weight1, stored=True), noise(weight2, stored=True)
             if shortcut_weight is not None:
                 shortcut_weight = noise(shortcut_weight, stored=True)
         y = preact_unit_reference(
-            x, norm1, weight1, norm2, weight2, shortcut_weight, *others, norm_relu=norm_relu
+            x, norm1, weight1, norm2, weight2, shortcut_weight, *others, kept, norm_relu
         )
         return y if noise is None else y + (noise(y.detach(), stored=True) - y.detach())
 

@@ -52,11 +52,14 @@ def cases(draw: st.DrawFn, dtypes: list[torch.dtype]) -> Case:
         scale=draw(st.sampled_from([1.0, 2.5, 0.0])),
         row_scale=sampling == "row",
         picked=draw(st.sampled_from([0.25, 0.5, 1.0])) if sampling == "subset" else None,
+        kept=draw(st.sampled_from([None, None, (5, 9, 16), (16, 1, 7)])),
         moments=draw(st.booleans()),
         values=draw(st.sampled_from(VALUES)),
         zero_weight=draw(st.sampled_from([False, False, False, True])),
         seed=draw(st.integers(0, 2**16)),
     )
+    if case.taken == 0:
+        case = dataclasses.replace(case, picked=None)
     # One value per channel is an error in training.
     trains1, trains2 = case.training
     trains = (trains1 and case.seen1 != 1, trains2 and case.seen2 != 1)

@@ -4,45 +4,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops import kernel_mutants
+from ops import kernel_mutants, norm_relu_conv2d_equality, preact_unit_equality
+from ops.norm_relu_conv2d_equality import Case as Conv
 from ops.norm_relu_conv2d_equality import small_tiles
-from ops.preact_unit_equality import Case, check
+from ops.preact_unit_equality import Case
 
-# Three tiles of 32 pixels, one to a chunk, the last in part; in fp32 one block of 16 channels.
+# Three tiles of 32 pixels, one to a chunk, the last in part; in fp32 one block of 16 channels. One
+# convolution takes the interpreter half the time of a unit.
 CASE = Case(shape=(3, 16, 5, 5))
+CONV = Conv(shape=(3, 16, 5, 5), K=16)
 # Six tiles, two to a chunk.
 TILES = Case(shape=(4, 16, 7, 6), moments=True)
-BLOCKS = Case(shape=(2, 32, 3, 4), K=32)
+CONV_TILES = Conv(shape=(4, 16, 7, 6), K=16)
+CONV_BLOCKS = Conv(shape=(2, 32, 3, 4))
+CONV_STRIDED = Conv(shape=(2, 16, 5, 6), K=16, stride=2)
+CONV_SCALED = Conv(shape=(3, 16, 5, 5), K=16, row_scale=True, seed=2)
 PROJECTED = Case(shape=(2, 16, 5, 6), K=16, stride=2, project=True)
 PICKED = Case(shape=(5, 16, 4, 4), picked=0.6)
-SCALED = Case(shape=(3, 16, 5, 5), row_scale=True, seed=1)
+KEPT = Case(shape=(3, 16, 4, 4), project=True, kept=(5, 9, 3))
 HALF = Case(shape=(3, 16, 5, 5), dtype=torch.float16, moments=True)
 
 # File, the text to replace (once in the file), what takes its place, and the case that tells.
-MUTANTS: dict[str, tuple[str, str, str, Case]] = {
+MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     "the forward misses a tap": (
         "_conv_forward",
         "for tap in tl.static_range(TAPS * TAPS):",
         "for tap in tl.static_range(TAPS * TAPS - 1):",
-        CASE,
+        CONV,
     ),
     "the forward misses a block of channels": (
         "_conv_forward",
         "for c_start in tl.range(0, C, BLOCK_C, num_stages=1):",
         "for c_start in tl.range(0, C - BLOCK_C, BLOCK_C, num_stages=1):",
-        BLOCKS,
+        CONV_BLOCKS,
     ),
     "the zeros around the image are normalised": (
         "_normalize",
         "return tl.where(inside & passes(z), z, 0.0)",
         "return tl.where(passes(z), z, 0.0)",
-        CASE,
+        CONV,
     ),
     "the forward's first sample is always the first": (
         "_conv_forward",
         "y *= tl.load(row_scale_ptr + first + n,",
         "y *= tl.load(row_scale_ptr + n,",
-        SCALED,
+        CONV_SCALED,
     ),
     "y's moments are of what is not rounded": (
         "_conv_forward",
@@ -78,49 +84,49 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "_moments",
         "total = tl.zeros_like(c).to(tl.float32)\n    for p_start in range(0, P, BLOCK_P):",
         "total = tl.zeros_like(c).to(tl.float32)\n    for p_start in range(0, P - 1, BLOCK_P):",
-        CASE,
+        CONV,
     ),
     "the slab's last chunk is lost": (
         "_conv_dx",
         "sum_partials(slab_ptr, t, t < size, size, chunks, BLOCK_P)",
         "sum_partials(slab_ptr, t, t < size, size, chunks - 1, BLOCK_P)",
-        TILES,
+        CONV_TILES,
     ),
     "the mask forgets the bias": (
         "_conv_dgrad",
         "kept = passes(x * z_scale[None, :] + z_bias[None, :]) & mc_ok",
         "kept = passes(x * z_scale[None, :]) & mc_ok",
-        CASE,
+        CONV,
     ),
     "the mask is that of the sum": (
         "_conv_dgrad",
         "kept = passes(x * z_scale[None, :] + z_bias[None, :]) & mc_ok",
         "kept = passes(acc) & mc_ok",
-        CASE,
+        CONV,
     ),
     "the dgrad's taps are the forward's": (
         "_conv_dgrad",
         "out_y + (odd_y - tap_y) // STRIDE, out_x",
         "out_y + (odd_y + tap_y) // STRIDE, out_x",
-        CASE,
+        CONV,
     ),
     "the dgrad misses a block of channels": (
         "_conv_dgrad",
-        "for k_start in tl.range(0, K, BLOCK_K, num_stages=1):",
-        "for k_start in tl.range(0, K - BLOCK_K, BLOCK_K, num_stages=1):",
-        BLOCKS,
+        "for k_start in tl.range(0, KEPT, BLOCK_K, num_stages=1):",
+        "for k_start in tl.range(0, KEPT - BLOCK_K, BLOCK_K, num_stages=1):",
+        CONV_BLOCKS,
     ),
     "the parities' rows and columns are exchanged": (
         "_conv_dgrad",
         "in_y, in_x = out_y * STRIDE + odd_y, out_x * STRIDE + odd_x",
         "in_y, in_x = out_y * STRIDE + odd_x, out_x * STRIDE + odd_y",
-        PROJECTED,
+        CONV_STRIDED,
     ),
     "a parity's partial replaces another's": (
         "_conv_dgrad",
         "row = pid * tl.num_programs(2) + parity",
         "row = pid * tl.num_programs(2) + parity // 2",
-        PROJECTED,
+        CONV_STRIDED,
     ),
     "the dgrad forgets the projection": (
         "_conv_dgrad",
@@ -134,17 +140,17 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "if parity >= 0:",
         PROJECTED,
     ),
-    "BatchNorm's backward in the prologue has no slope": (
+    "BatchNorm's backward has no slope": (
         "_conv_gradient",
         "slope = rstd * rstd * (sum_dzh / ROWS)",
         "slope = 0.0 * mean_dz",
-        CASE,
+        CONV,
     ),
     "the mean of dz is its sum": (
         "_conv_gradient",
         "mean_dz = sum_dz / ROWS",
         "mean_dz = sum_dz",
-        CASE,
+        CONV,
     ),
     "BatchNorm's backward is applied outside the image": (
         "_conv_gradient",
@@ -156,31 +162,31 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "_conv_gradient",
         "dweight = (sum_dzh * rstd)",
         "dweight = sum_dzh",
-        CASE,
+        CONV,
     ),
     "the dgrad forgets row_scale": (
         "_conv_dgrad",
-        "*out.tensors, out.dweight, out.dbias, out.row_scale, weight,",
-        "*out.tensors, out.dweight, out.dbias, None, weight,",
-        SCALED,
+        "*out.tensors, out.dweight, out.dbias, out.row_scale, out.order, weight,",
+        "*out.tensors, out.dweight, out.dbias, None, out.order, weight,",
+        CONV_SCALED,
     ),
     "the wgrad forgets row_scale": (
         "_conv_wgrad",
-        "*out.tensors, out.row_scale, into.x,",
-        "*out.tensors, None, into.x,",
-        SCALED,
+        "*out.tensors, out.row_scale, out.order,",
+        "*out.tensors, None, out.order,",
+        CONV_SCALED,
     ),
     "the wgrad's taps are in reverse": (
         "_conv_wgrad",
-        "in_x = out_x * STRIDE + (tap - PAD)",
-        "in_x = out_x * STRIDE + (PAD - tap)",
-        CASE,
+        "at = at[:, None] + ((tap - PAD) * C + c)[None, :]",
+        "at = at[:, None] + ((PAD - tap) * C + c)[None, :]",
+        CONV,
     ),
-    "a tap of the wgrad keeps its last tile alone": (
+    "the wgrad keeps its last tile alone": (
         "_conv_wgrad",
-        "right = product(a, g, right)",
-        "right = product(a, g, tl.zeros_like(right))",
-        TILES,
+        "acc = product(tl.trans(a), operand(g, dtype), acc)",
+        "acc = product(tl.trans(a), operand(g, dtype), tl.zeros_like(acc))",
+        CONV_TILES,
     ),
     "the weights' gradients overlap": (
         "preact_unit",
@@ -208,14 +214,14 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the backward takes x's first samples": (
         "preact_unit",
-        "Input(x, index, first),",
-        "Input(x, None, first),",
+        "into1 = Input(x, index, first)",
+        "into1 = Input(x, None, first)",
         PICKED,
     ),
     "norm1's sums are divided by every sample": (
         "preact_unit",
-        "rows1 = (branch if of_branch else N) * pixels",
-        "rows1 = N * pixels",
+        "rows1 = (branch if of_branch else N) * S",
+        "rows1 = N * S",
         PICKED,
     ),
     "BatchNorm's backward reaches samples that took no branch": (
@@ -226,9 +232,33 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the shortcut's gradient is lost": (
         "preact_unit",
-        "direct, dz_index = dy, position",
-        "direct, dz_index = None, position",
+        "shortcut, dz_index = dy, position",
+        "shortcut, dz_index = None, position",
         CASE,
+    ),
+    "meProp keeps the smallest channels": (
+        "_conv_select",
+        "- c)[None, :] > ((key.to(tl.int64)",
+        "- c)[None, :] < ((key.to(tl.int64)",
+        KEPT,
+    ),
+    "meProp goes by sums of g, not of |g|": (
+        "_conv_select",
+        "total += tl.sum(tl.abs(operand(g, g_ptr.dtype.element_ty).to(tl.float32)), 0)",
+        "total += tl.sum(operand(g, g_ptr.dtype.element_ty).to(tl.float32), 0)",
+        KEPT,
+    ),
+    "meProp's wgrad is of every channel": (
+        "_conv_wgrad",
+        "c_ok, k_ok = (c < C) & (tap < TAPS), places < KEPT",
+        "c_ok, k_ok = (c < C) & (tap < TAPS), places < K",
+        KEPT,
+    ),
+    "meProp's dgrad takes the first channels": (
+        "_conv_dgrad",
+        "            k = channels_at(order_ptr, lanes, k_ok)",
+        "            k = lanes",
+        KEPT,
     ),
     "norm1's backward in evaluation is the training's": (
         "_conv_dx",
@@ -243,6 +273,13 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         Case(shape=(3, 16, 3, 3), training=(True, False)),
     ),
 }
+
+
+def check(case: Case | Conv, device: str) -> None:
+    if isinstance(case, Conv):
+        norm_relu_conv2d_equality.check(case, device)
+    else:
+        preact_unit_equality.check(case, device)
 
 
 def test_an_unbroken_copy_passes(
