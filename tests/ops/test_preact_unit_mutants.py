@@ -20,8 +20,8 @@ CONV_BLOCKS = Conv(shape=(2, 32, 3, 4))
 CONV_STRIDED = Conv(shape=(2, 16, 5, 6), K=16, stride=2)
 CONV_SCALED = Conv(shape=(3, 16, 5, 5), K=16, row_scale=True, seed=2)
 PROJECTED = Case(shape=(2, 16, 5, 6), K=16, stride=2, project=True)
-PICKED = Case(shape=(5, 16, 4, 4), picked=0.6)
-KEPT = Case(shape=(3, 16, 4, 4), project=True, kept=(5, 9, 3))
+PICKED = Case(shape=(5, 16, 3, 3), picked=0.6)
+KEPT = Case(shape=(2, 16, 4, 3), project=True, kept=(5, 9, 3))
 HALF = Case(shape=(3, 16, 5, 5), dtype=torch.float16, moments=True)
 
 # File, the text to replace (once in the file), what takes its place, and the case that tells.
