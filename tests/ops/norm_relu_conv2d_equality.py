@@ -315,8 +315,8 @@ def check(case: Case, device: str, op: Callable[..., Tensor] = norm_relu_conv2d)
         return
     assert got["y"].is_contiguous(memory_format=torch.channels_last)
     _, mean, var, weight, bias = seen.args[:5]
-    stats = seen.out[1:] if case.training else (mean, var)
-    mask, mask_peer = mask_of(x, *stats, weight, bias, case.eps), _peer_mask(case, given)
+    mean, var = seen.out[1:] if case.training else (mean, var)
+    mask, mask_peer = mask_of(x, mean, var, weight, bias, case.eps), _peer_mask(case, given)
     want, want_peer = exact(case, given, mask), exact(case, given, mask_peer)
     noisy = [exact(case, given, mask, Noise(i, case.dtype)) for i in range(DRAWS)]
     compare(case, got, want, noisy, peer, want_peer, copied=("dresidual",))

@@ -256,13 +256,24 @@ def exact(case: Case, given: Given, own: Own, noise: Noise | None = None) -> dic
         rough["dy"] = noise(tensor_of(t, "dy"), stored=True)
 
     def op(x: Tensor, norm1: Norm, *args: Any, kept: Any) -> Tensor:
-        weight1, norm2, weight2, shortcut_weight, *others = args
+        weight1, norm2, weight2, shortcut_weight, stride, scale, row_scale, index = args
         if noise is not None:
             weight1, weight2 = noise(weight1, stored=True), noise(weight2, stored=True)
             if shortcut_weight is not None:
                 shortcut_weight = noise(shortcut_weight, stored=True)
         y = preact_unit_reference(
-            x, norm1, weight1, norm2, weight2, shortcut_weight, *others, kept, norm_relu
+            x,
+            norm1,
+            weight1,
+            norm2,
+            weight2,
+            shortcut_weight,
+            stride,
+            scale,
+            row_scale,
+            index,
+            kept,
+            norm_relu,
         )
         return y if noise is None else y + (noise(y.detach(), stored=True) - y.detach())
 

@@ -27,13 +27,13 @@ HALF = [torch.float16, torch.bfloat16]
 
 @st.composite
 def cases(draw: st.DrawFn, dtypes: list[torch.dtype]) -> Case:
-    channels = st.sampled_from([16, 32, 48])
+    channels = st.sampled_from([16, 16, 32, 48])
     project = draw(st.booleans())
     C = draw(channels)
     sampling = draw(st.sampled_from(["all", "row", "subset"]))
     layouts = st.sampled_from(list(LAYOUTS))
     case = Case(
-        shape=(draw(st.integers(1, 4)), C, draw(st.integers(1, 9)), draw(st.integers(1, 9))),
+        shape=(draw(st.integers(1, 3)), C, draw(st.integers(1, 6)), draw(st.integers(1, 5))),
         K=draw(channels) if project else C,
         stride=draw(st.sampled_from([1, 2])) if project else 1,
         project=project,
@@ -90,14 +90,14 @@ def test_several_tiles_chunks_partials_and_blocks(
 def test_many_channels(device: str) -> None:
     """Blocks of their true size, more than one on either side."""
     with few_programs():
-        check(Case(shape=(2, 80, 2, 3), K=128, project=True, stride=2), device)
+        check(Case(shape=(1, 48, 3, 4), K=80, project=True, stride=2), device)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "expanded", "expanded_c", "nhwc_sliced_h", "offset"])
 def test_layouts_of_x_and_dy(layout: str, device: str) -> None:
-    for case in (Case(x_layout=layout), Case(dy_layout=layout, picked=0.6)):
+    for case in (Case(x_layout=layout), Case(dy_layout=layout, picked=0.5)):
         with few_programs():
-            check(dataclasses.replace(case, shape=(3, 16, 3, 4)), device)
+            check(dataclasses.replace(case, shape=(2, 16, 2, 3)), device)
 
 
 @pytest.mark.parametrize("moments", [False, True], ids=["taken", "given"])

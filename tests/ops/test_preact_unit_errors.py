@@ -11,8 +11,8 @@ from fastres.ops import Norm, NormReLUConv2d, PreActUnit, _register, norm_relu_c
 CHANGED = dict[str, Any]
 
 
-def _norm(C: int = 16, **changes: Any) -> Norm:
-    return Norm(torch.zeros(C), torch.ones(C), training=True)._replace(**changes)
+def _norm(**changes: Any) -> Norm:
+    return Norm(torch.zeros(16), torch.ones(16), training=True)._replace(**changes)
 
 
 def _norms(name: str) -> Iterator[tuple[CHANGED, str]]:
@@ -97,8 +97,15 @@ def _wrong_for_the_unit() -> Iterator[tuple[CHANGED, str]]:
     yield {"shortcut_weight": wide[..., :1, :1]}, short
     needed = "^shortcut_weight: needed where the shape changes, from 16 channels to 16 at stride 2"
     yield {"stride": 2}, needed
-    to_32 = {"weight1": wide, "weight2": torch.zeros(32, 32, 3, 3), "norm2": _norm(32)}
+    to_32 = {
+        "weight1": wide,
+        "weight2": torch.zeros(32, 32, 3, 3),
+        "norm2": Norm(None, None, training=True),
+    }
     yield to_32, "from 16 channels to 32 at stride 1, got None"
+    for kept in ([16, 16], [0, 16, 16], [16, 17, 16]):
+        words = rf"^kept: expected three numbers of channels, 1 to 16, got \[{kept[0]}, {kept[1]}"
+        yield {"kept": kept}, words
     index, position = torch.tensor([1]), torch.tensor([-1, 0])
     yield {"index": index}, "^index and position: expected both or neither, got one"
     yield {"position": position}, "^index and position: expected both or neither, got one"
@@ -159,7 +166,9 @@ def test_the_modules_refuse_in_words() -> None:
 def test_a_cpu_takes_any_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteens are the kernels' demand alone."""
     monkeypatch.setattr(_register, "INTERPRET", False)
-    y = norm_relu_conv2d(torch.randn(2, 3, 4, 4), _norm(3), torch.randn(5, 3, 3, 3))
+    y = norm_relu_conv2d(
+        torch.randn(2, 3, 4, 4), Norm(None, None, training=True), torch.randn(5, 3, 3, 3)
+    )
     assert y.shape == (2, 5, 4, 4)
 
 
@@ -174,5 +183,5 @@ def test_the_registered_ops_refuse_a_tensor_that_has_no_kernels(
     with pytest.raises(ValueError, match="on cpu: call fastres.ops.preact_unit"):
         torch.ops.fastres.preact_unit(
             x, None, 0, None, None, *none, weight, *none, weight, None, None, 1.0, 1, 1e-5, 1e-5,
-            False,
+            False, [16, 16, 16],
         )  # fmt: skip

@@ -31,8 +31,8 @@ SHORTCUTS = ["identity", "A", "B"]
 NHWC = torch.channels_last
 
 
-def _meprop(*sizes: int) -> nn.Conv2d:
-    return MePropConv2d(*sizes, bias=False, ratio=0.4)
+def _meprop(C: int, K: int, size: int, stride: int, padding: int) -> nn.Conv2d:
+    return MePropConv2d(C, K, size, stride, padding, bias=False, ratio=0.4)
 
 
 def _unit(
@@ -237,8 +237,10 @@ def test_autocast(device: str, mode: Any, dtype: torch.dtype) -> None:
 def test_serves() -> None:
     """What the fused kernels take the place of, by shape alone."""
 
-    def conv(*sizes: Any, bias: bool = False, **options: Any) -> nn.Conv2d:
-        return nn.Conv2d(*sizes, bias=bias, **options)
+    def conv(
+        C: int, K: int, size: Any, stride: Any = 1, padding: Any = 0, **options: Any
+    ) -> nn.Conv2d:
+        return nn.Conv2d(C, K, size, stride, padding, **({"bias": False} | options))
 
     channels = (16, 16), (16, 32), (80, 48)
     served = [conv(C, K, t, s, t // 2) for C, K in channels for t in (1, 3) for s in (1, 2)]
@@ -261,7 +263,7 @@ def test_what_is_not_served_runs_by_layers(device: str) -> None:
         PreActUnit(16, 24, 2),
         PreActUnit(16, 16, whole=False),
         PreActUnit(16, 16, shortcut=nn.Sequential(nn.Conv2d(16, 16, 1))),
-        PreActUnit(16, 16, conv=lambda *sizes: nn.Conv2d(*sizes, bias=True)),
+        PreActUnit(16, 16, conv=nn.Conv2d),
     ):
         assert not unit.whole
         with torch.no_grad(), Watch("preact_unit") as seen:
@@ -276,17 +278,18 @@ def test_norm_relu_conv2d_in_the_place_of_its_layers(
     """With a residual and without, in training and in evaluation; also where it is not served."""
     C = sizes[0]
     module = NormReLUConv2d(*sizes, momentum=None).to(device)
-    plain = nn.Sequential(copy.deepcopy(module.norm), nn.ReLU(), copy.deepcopy(module.conv))
-    names = [f"norm.{name}" for name in plain[0].state_dict()] + ["conv.weight"]
+    norm = copy.deepcopy(module.norm)
+    plain = nn.Sequential(norm, nn.ReLU(), copy.deepcopy(module.conv))
+    names = [f"norm.{name}" for name in norm.state_dict()] + ["conv.weight"]
     assert list(module.state_dict()) == names and module.fused == (C == 16)
     assert ("unfused" in repr(module)) == (C != 16)
     for training in (True, True, False):
         x = torch.randn(3, C, 4, 5, device=device) + 1
         residual = torch.randn_like(plain(x)) if training else None
-        for one in (module, plain):
-            one.train(training).zero_grad()
-        for norm in (module.norm, plain[0]):
-            norm.reset_running_stats()
+        module.train(training).zero_grad()
+        plain.train(training).zero_grad()
+        for one in (module.norm, norm):
+            one.reset_running_stats()
         y = module(x, residual)
         dy = torch.randn_like(y)
         y.backward(dy)
@@ -297,8 +300,8 @@ def test_norm_relu_conv2d_in_the_place_of_its_layers(
             assert a.grad is not None and b.grad is not None
             atol = MODEL_RELATIVE * b.grad.abs().max().item()
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=atol)
-        for a, b in zip(module.buffers(), plain.buffers(), strict=True):
-            torch.testing.assert_close(a, b)
+        for got, want in zip(module.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 class _Bytes:
@@ -346,8 +349,8 @@ def test_a_model_saves_half_of_what_pytorch_saves(device: str) -> None:
     """ResNet-20 with bf16 autocast: the inputs of all BatchNorms and that of the stem remain."""
     torch.manual_seed(1)
     x = torch.randn(2, 3, 32, 32, device=device)
-    plain = ResNet(20, fused=False).to(device, memory_format=NHWC)
-    ours = ResNet(20, fused_units=True).to(device, memory_format=NHWC)
+    plain = ResNet(20, fused=False).to(device).to(memory_format=NHWC)
+    ours = ResNet(20, fused_units=True).to(device).to(memory_format=NHWC)
     want, _ = _saved(plain, x.to(memory_format=NHWC))
     got, _ = _saved(ours, x.to(memory_format=NHWC))
     assert got <= SAVED_SHARE * want, got / want

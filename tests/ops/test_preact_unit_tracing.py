@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from fastres.ops import (
     MePropConv2d,
+    Norm,
     NormReLUConv2d,
     PreActUnit,
     StepGenerator,
     StochasticDepth,
     _register,
+    preact_unit,
 )
 from fastres.ops.preact_unit_module import plain_conv
 
@@ -213,7 +215,10 @@ def _trace(shortcut: bool, meprop: bool) -> list[list[tuple[str, list[str]]]]:
         return graph.forward
 
     def conv(*sizes: int) -> nn.Conv2d:
-        return MePropConv2d(*sizes, bias=False, k=4) if meprop else plain_conv(*sizes)
+        if not meprop:
+            return plain_conv(*sizes)
+        C, K, size, stride, padding = sizes
+        return MePropConv2d(C, K, size, stride, padding, bias=False, k=4)
 
     unit = PreActUnit(16, 32 if shortcut else 16, 2 if shortcut else 1, conv=conv)
     compiled: Any = torch.compile(
@@ -245,6 +250,47 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
         assert [[name for name, _ in graph] for graph in graphs] == [FORWARD, backward]
         for name, written in (launch for graph in graphs for launch in graph):
             assert written and set(written) <= WRITTEN[name], name
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor_on_a_gpu() -> None:
+    torch._dynamo.reset()
+    net = _Net(None).to("cuda")
+    other = copy.deepcopy(net)
+    x = torch.randn(8, 16, 16, 16, device="cuda").to(memory_format=NHWC)
+    want = _step(net, net, x)
+    got = _step(torch.compile(other, fullgraph=True), other, x)
+    # The same kernels with the same arguments.
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("picked", [False, True], ids=["all", "subset"])
+def test_past_2_to_the_31_elements(picked: bool) -> None:
+    """A batch whose second half repeats its first, past 2^31 elements: so do y and dx."""
+    needed = 60 * 2**30
+    if torch.cuda.get_device_properties(0).total_memory < needed:
+        pytest.skip("needs 60 GB of memory: x, h, y, dy, dx and more of 2^31 fp16 elements")
+    half = torch.randn(2**16 + 1, 16, 32, 32, device="cuda", dtype=torch.float16)
+    x = torch.cat([half, half]).to(memory_format=NHWC).requires_grad_()
+    assert x.numel() > 2**31
+    weights = [torch.randn(16, 16, 3, 3, device="cuda") / 12 for _ in range(2)]
+    norm = Norm(None, None, training=True)
+    subset: dict[str, Any] = {}
+    if picked:
+        # Samples far apart, each with an offset of its own.
+        subset["index"] = torch.arange(0, len(x), 1000, device="cuda")
+        subset["position"] = torch.full((len(x),), -1, device="cuda")
+        subset["position"][subset["index"]] = torch.arange(len(subset["index"]), device="cuda")
+    y, _ = preact_unit(x, norm, weights[0], norm, weights[1], **subset)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    if picked:
+        left = subset["position"] < 0
+        assert torch.equal(y[left][-100:], x[left][-100:])
+        assert torch.equal(dx[left][-100:], y[left][-100:])
+    else:
+        assert torch.equal(y[: len(half)], y[len(half) :])
+        assert torch.equal(dx[: len(half)], dx[len(half) :])
 
 
 if __name__ == "__main__":
