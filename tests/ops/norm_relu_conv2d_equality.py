@@ -197,7 +197,8 @@ def mask_of(
     offset = 0.0 if bias is None else by_channel(bias)
     centred = x.detach().float() - by_channel(mean)
     if x.is_cuda:
-        # Compiled, the product and the sum are one operation, whose sign fp64 tells.
+        # Compiled, the product and the sum are one operation, whose sign fp64 tells; where they are
+        # two, the sign may differ where the sum is a rounding from 0.
         centred, scale = centred.double(), scale.double()
     return ~(centred * scale + offset <= 0)
 
@@ -220,12 +221,10 @@ class Noise:
         return v * (1 + amount * signs)
 
 
-def exact_norm_relu(
-    x: Tensor, norm: Norm, mask: Tensor, noise: Noise | None, stored: bool = False
-) -> Tensor:
-    """relu(norm(x)) in fp64 by a given mask; stored: whether x is a tensor that the op rounded."""
+def exact_norm_relu(x: Tensor, norm: Norm, mask: Tensor, noise: Noise | None) -> Tensor:
+    """relu(norm(x)) in fp64 by a given mask."""
     if noise is not None:
-        x = noise(x, stored)
+        x = noise(x)
     z = F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training,
         norm.momentum or 0.0, norm.eps,
