@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch._functorch.config
 from _program import finish, parser
 from _results import Row, WrongResult, measured, without_speed
 from _sheet import Sheet

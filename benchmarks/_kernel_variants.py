@@ -18,11 +18,13 @@ from fastres.kernels import (
     batch_norm_relu,
     cast,
     meprop,
+    preact_unit,
     sgd_step,
     stochastic_depth_add,
     unscale,
 )
-from fastres.kernels._launch import Launch, record
+from fastres.kernels._launch import Launch, configure_for, record
+from fastres.kernels.norm_relu_conv2d import batch_moments
 
 # In the order in which a binary that several dtypes share finds its name.
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -239,6 +241,57 @@ def meprop_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def preact_unit_variants(dtype: torch.dtype) -> list[Variant]:
+    """Of fp16 all, of the others, which differ in the products' instruction, a few: a build of
+    these kernels takes seconds."""
+    found: list[Variant] = []
+    # ResNet-20's units, and one whose channels are several blocks on both sides of a product.
+    shapes = [(16, 32, 1), (32, 16, 2), (64, 8, 1), (16, 32, 2), (32, 16, 1), (128, 8, 2)]
+    half = dtype == torch.float16
+    for C, side, stride in shapes if half else shapes[:3]:
+        name = f"C={C} {side}x{side} stride {stride}"
+        _preact_unit_step(found, name, (128, C, side, side), dtype, stride)
+    for kind in ("eval", "row", "subset", "meprop") if half else ():
+        _preact_unit_step(found, f"C=32 stride 2 {kind}", (128, 32, 16, 16), dtype, 2, kind)
+    return found
+
+
+def _preact_unit_step(
+    into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
+    stride: int, kind: str = "",
+) -> None:  # fmt: skip
+    """kind: "eval", "row", "subset" (of half the samples), "meprop" (a quarter of the channels)."""
+    N, C, H, W = shape
+    K, kept, trains = C * stride, N // 2, kind != "eval"
+    x, c, k = _empty(shape, dtype), _empty((C,), torch.float32), _empty((K,), torch.float32)
+    weight1, weight2 = (_empty((K, i, 3, 3), torch.float32) for i in (C, K))
+    projection = _empty((K, C, 1, 1), torch.float32) if stride > 1 else None
+    index = position = row_scale = None
+    kept_channels = K // 4 if kind == "meprop" else K
+    if kind == "subset":
+        index, position = _empty((kept,), torch.int64), _empty((N,), torch.int64)
+    if kind == "row":
+        row_scale = _empty((N,), torch.float32)
+    given1, given2 = ((None, None), (None, None)) if trains else ((c, c), (k, k))
+    partial, chunk = None, 0
+    if trains:
+        # As the unit before would leave them.
+        with record():
+            moments = batch_moments(x)
+        partial, chunk = moments.partial, moments.chunk
+    with _recorded(into, f"{name} fwd"):
+        y, _, h, *_ = preact_unit.preact_unit_fwd(
+            x, partial, chunk, index, position, given1, (c, c), weight1, given2, (k, k), weight2,
+            projection, row_scale, 2.0, stride, (1e-5, 1e-5), trains,
+        )  # fmt: skip
+    with _recorded(into, f"{name} bwd"):
+        preact_unit.preact_unit_bwd(
+            y, x, h, index, position, (c, c), (c, c), weight1, (k, k), (k, k), weight2,
+            projection, row_scale, 2.0, stride, (1e-5, 1e-5), (trains, trains),
+            (kept_channels,) * 3,
+        )  # fmt: skip
+
+
 # Another op's launches: a function from a dtype to its variants, here.
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
@@ -248,6 +301,7 @@ OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "cast": cast_variants,
     "sgd_step": sgd_step_variants,
     "meprop": meprop_variants,
+    "preact_unit": preact_unit_variants,
 }
 
 
@@ -263,13 +317,19 @@ class Task(NamedTuple):
 
 
 @functools.cache
-def configurations(op: str, dtype: str) -> dict[str, Variant]:
-    """By name. A process of a pool meets each many times."""
-    return {variant.name: variant for variant in OPS[op](DTYPES[dtype])}
+def configurations(op: str, dtype: str, family: str) -> dict[str, Variant]:
+    """By name, as on a device of a family. A process of a pool meets each many times."""
+    with configure_for(family):
+        return {variant.name: variant for variant in OPS[op](DTYPES[dtype])}
+
+
+def _family(target: str) -> str:
+    return _aot.TARGETS[target].backend
 
 
 def launch_of(task: Task) -> Launch:
-    return configurations(task.op, task.dtype)[task.variant].launches[task.launch]
+    variants = configurations(task.op, task.dtype, _family(task.target))
+    return variants[task.variant].launches[task.launch]
 
 
 def tasks(
@@ -283,7 +343,7 @@ def tasks(
     named: dict[tuple[str, ...], Task] = {}
     wanted: dict[tuple[str, ...], Task] = {}
     for op, dtype, target in itertools.product(ops, DTYPES, targets):
-        for variant in configurations(op, dtype).values():
+        for variant in configurations(op, dtype, _family(target)).values():
             for i, launch in enumerate(variant.launches):
                 what = _aot.specialized(launch, target)
                 key = (target, *what.key)

@@ -11,6 +11,7 @@ from _results import Row
 UNMEASURED = "not measured yet"
 # The timer whose rows flatter what fits the cache: no headline and no plot is made of them.
 WARM = "CUDA graph, warm L2"
+COLD = "events, cold L2"
 # What tells providers at one case apart.
 _FIGURES = {"provider", "median_ms", "low_ms", "high_ms", "n", "gb_per_s", "share_of_copy"}
 

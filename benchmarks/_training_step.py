@@ -42,6 +42,7 @@ def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | Non
         for mode in ("reduce-overhead", "max-autotune"):
             every[f"compile {mode} {half} channels_last"] = (amp, mode)
         every[f"fused compile reduce-overhead {half} channels_last"] = (fused, "reduce-overhead")
+        every[f"fused units {half} channels_last"] = (fused | {"fused_units": True}, None)
     return every
 
 

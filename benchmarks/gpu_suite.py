@@ -76,6 +76,7 @@ def parts(folder: Path | None) -> dict[str, Part]:
             "bench_stochastic_depth_unit.py", 20, ["--seconds", "1"], sweep
         ),
     }
+    every["preact_unit"] = Part("bench_preact_unit.py", 60, [], sweep)
     every |= {op: Part(f"bench_{op}.py", 12, [], sweep) for op in _OPS}
     every["meprop_mlp"] = Part("bench_meprop_mlp.py", 15, [], sweep)
     every["scaling"] = Part("bench_scaling.py", 15)

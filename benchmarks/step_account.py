@@ -9,10 +9,12 @@ in Triton's interpreter, where every load and store is counted as it is executed
 calls are counted as they are dispatched (_step_count.py says how). It is the second step that
 counts: the first makes the optimizer's buffers.
 
-One pass is the bytes of all convolutions' outputs but the projections', in the dtype that the step
-runs in. Reads count each address once a launch; "again" is what a kernel loads beyond that, and
-leaves to the caches. What differs on a GPU: autocast's lists for the loss, and what cuDNN does
-inside one call.
+"fused units" is "fused" with each residual unit as one op. One pass is the bytes of all
+convolutions' outputs but the projections', in the dtype that the step runs in. Reads count each
+address once a launch; "again" is what a kernel loads beyond that, and leaves to the caches. At a
+small batch the partial sums and the slabs of the weights' gradients, which hardly grow with it,
+weigh more. What differs on a GPU: autocast's lists for the loss, and what cuDNN does inside one
+call.
 
 torch.compile is left out: what Inductor fuses for a CPU is not what it fuses for a GPU.
 """
@@ -41,13 +43,17 @@ from workers import Workers
 
 from fastres.data import split, synthetic
 
-PROVIDERS = {"fused": {"fused": True}, "eager": {"fused": False}}
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "fused units": {"fused": True, "fused_units": True},
+    "fused": {"fused": True},
+    "eager": {"fused": False},
+}
 
 
-def account_of(provider: str, batch_size: int, **settings: Any) -> Account:
-    """One training step of a provider, counted."""
+def account_of(provider: str, batch_size: int, side: int = 32, **settings: Any) -> Account:
+    """One training step of a provider, counted, on images of `side` pixels a side."""
     config = Config(dataset="synthetic", batch_size=batch_size, **(PROVIDERS[provider] | settings))
-    data = split(synthetic(batch_size, 20))
+    data = split(synthetic(batch_size, 20, side))
     trainer = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), data)
     trainer.network.train()
     index = torch.arange(batch_size)
@@ -114,7 +120,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     args = parser.parse_args()
     if args.small:
-        args.depth, args.width, args.batch_size = 8, 4, 4
+        args.depth, args.width, args.batch_size = 8, 16, 2
+    side = 16 if args.small else 32
     about = {
         "depth": args.depth, "width": args.width, "batch_size": args.batch_size,
         "dtype": args.precision, "layout": args.layout,
@@ -123,7 +130,7 @@ def main() -> int:
     for provider in args.provider:
         try:
             account = account_of(
-                provider, args.batch_size, depth=args.depth, width=args.width,
+                provider, args.batch_size, side, depth=args.depth, width=args.width,
                 precision=args.precision, channels_last=args.layout == "NHWC",
             )  # fmt: skip
         except TrainError as error:

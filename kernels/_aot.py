@@ -169,12 +169,21 @@ def _path(tool: str) -> str:
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> dict[str, int]:
-    """Vector registers, and four bytes for each register, vector or scalar, that was spilled."""
+    """Vector registers, and bytes of scratch memory, where AMD's compiler spills to.
+
+    Scalar registers it spills to lanes of vector ones first, which costs no memory.
+    """
     found = {
         name: int(count)
-        for name, count in re.findall(r"^\s*\.(\w+_count):\s+(\d+)\s*$", asm["amdgcn"], re.M)
+        for name, count in re.findall(
+            r"^\s*\.((?:[vs]gpr_count|private_segment_fixed_size)):\s+(\d+)\s*$",
+            asm["amdgcn"],
+            re.M,
+        )
     }
-    spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
-    registers, scalar = found["vgpr_count"], found["sgpr_count"]
-    figures = {"registers": registers, "scalar_registers": scalar, "spilled": spilled}
+    figures = {
+        "registers": found["vgpr_count"],
+        "scalar_registers": found["sgpr_count"],
+        "spilled": found["private_segment_fixed_size"],
+    }
     return figures | _GCN.count(asm["amdgcn"])

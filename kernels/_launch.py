@@ -21,8 +21,26 @@ class Launch:
     constexprs: dict[str, Any]
 
 
+# Whose device launches are configured for where none runs them; None: that of this PyTorch.
+_family: str | None = None
 _recorder: Callable[[Launch], None] | None = None
 _watcher: Callable[[Launch], AbstractContextManager[None]] | None = None
+
+
+def family() -> str:
+    """ "cuda" or "hip": what a kernel's configuration goes by."""
+    return _family or ("hip" if torch.version.hip else "cuda")
+
+
+@contextmanager
+def configure_for(family: str) -> Iterator[None]:
+    """Launches are made as they would be on a device of this family."""
+    global _family
+    previous, _family = _family, family
+    try:
+        yield
+    finally:
+        _family = previous
 
 
 @contextmanager

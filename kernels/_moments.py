@@ -1,5 +1,7 @@
 """Per-channel moments of an activation: partials by chunk, merged in a fixed order, and tracked."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from ._tiles import Rows, Tiling, tile_mask, tile_offsets
 MAX_CHUNKS = 256
 BLOCK_P = 64
 UPDATE_BLOCK_C = 256
+MERGE_BLOCK_C = 64
 
 
 @triton.jit
@@ -64,12 +67,6 @@ def sum_partials(partial_ptr, c, c_ok, C, P, BLOCK_P: tl.constexpr):
         ok = (p < P)[:, None] & c_ok[None, :]
         total += tl.sum(tl.load(partial_ptr + p[:, None] * C + c[None, :], mask=ok, other=0.0), 0)
     return total
-
-
-@triton.jit
-def rstd_of(var, eps):
-    """1 / sqrt(var + eps), each step correctly rounded: per channel, precision costs nothing."""
-    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
 @triton.jit
@@ -144,6 +141,90 @@ def _update_running_kernel(
         running = tl.load(running_var_ptr + c, mask=ok, other=0.0).to(tl.float32)
         running = (1.0 - factor) * running + factor * var
         tl.store(running_var_ptr + c, running.to(running_var_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    partial_ptr, mean_ptr, var_ptr, M, C, P, CHUNK, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """mean and biased var [C] fp32, for consumers that do not merge the partials themselves."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < C
+    mean, var = merge_moments(partial_ptr, c, c_ok, M, C, P, CHUNK, BLOCK_P)
+    tl.store(mean_ptr + c, mean, mask=c_ok)
+    tl.store(var_ptr + c, var, mask=c_ok)
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, sums_ptr, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """sums [B, C] fp32 from partial [B, P, C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < C
+    batch = tl.program_id(1)
+    total = sum_partials(partial_ptr + batch * P * C, c, c_ok, C, P, BLOCK_P)
+    tl.store(sums_ptr + batch * C + c, total, mask=c_ok)
+
+
+def merged_sums(partial: torch.Tensor) -> torch.Tensor:
+    """[B, C] fp32 from partial [B, P, C], in a fixed order."""
+    B, P, C = partial.shape
+    sums = partial.new_empty(B, C)
+    launch(
+        _sum_partials_kernel, (triton.cdiv(C, MERGE_BLOCK_C), B),
+        partial, sums, C, P, BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An activation's moments as its producer left them.
+
+    Args:
+        partial: [2, P, C] fp32, of each chunk of rows the mean and the sum of squared deviations.
+        chunk: rows of a chunk, of `rows` altogether.
+    """
+
+    partial: torch.Tensor
+    chunk: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a kernel normalises by: mean and var [C], and where they are merged from, if they are.
+
+    With partial the kernel merges, and writes mean and var; without it reads the two.
+    """
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    partial: torch.Tensor | None = None
+    chunk: int = 0
+    rows: int = 0
+
+    @property
+    def P(self) -> int:
+        return 0 if self.partial is None else self.partial.shape[1]
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        return self.rows, self.P, self.chunk
+
+
+def stats_of(moments: Moments, merges: bool) -> Stats:
+    """merges: whether the consumer merges; else a launch of its own does."""
+    partial = moments.partial
+    _, P, C = partial.shape
+    mean, var = partial.new_empty(C), partial.new_empty(C)
+    if merges:
+        return Stats(mean, var, partial, moments.chunk, moments.rows)
+    launch(
+        _merge_moments_kernel, (triton.cdiv(C, MERGE_BLOCK_C),),
+        partial, mean, var, moments.rows, C, P, moments.chunk,
+        BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return Stats(mean, var, rows=moments.rows)
 
 
 def moments(

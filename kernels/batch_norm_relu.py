@@ -20,12 +20,11 @@ from ._launch import launch
 from ._moments import (
     BLOCK_P,
     MAX_CHUNKS,
-    merge_moments,
     moments,
-    rstd_of,
     sum_partials,
     update_running,
 )
+from ._normalize import batch_stats, passes, rstd_of, scale_and_bias
 from ._tiles import (
     MAX_PROGRAMS,
     as_rows,
@@ -54,24 +53,6 @@ def _expand(v, M_AXIS: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_bias(weight_ptr, bias_ptr, rstd, c, c_ok):
-    """rstd * weight and bias [BLOCK_C] in fp32; 1 and 0 where there are none."""
-    scale = rstd
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-    bias = tl.zeros_like(rstd)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-    return scale, bias
-
-
-@triton.jit
-def _passes(z):
-    """Where ReLU's gradient passes. NaN passes, as in torch.relu."""
-    return (z <= 0.0) == 0
-
-
-@triton.jit
 def _batch_norm_relu_fwd_kernel(
     x_ptr, index_ptr, residual_ptr, weight_ptr, bias_ptr, partial_ptr, mean_ptr, var_ptr,
     y_ptr, mask_ptr,
@@ -90,15 +71,10 @@ def _batch_norm_relu_fwd_kernel(
     """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    if partial_ptr is not None:
-        mean, var = merge_moments(partial_ptr, c, c_ok, M, C, P, P_CHUNK, BLOCK_P)
-        if tl.program_id(0) == 0:
-            tl.store(mean_ptr + c, mean, mask=c_ok)
-            tl.store(var_ptr + c, var, mask=c_ok)
-    else:
-        mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-        var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
-    scale, bias = _scale_and_bias(weight_ptr, bias_ptr, rstd_of(var, eps), c, c_ok)
+    mean, var = batch_stats(
+        partial_ptr, mean_ptr, var_ptr, c, c_ok, M, C, P, P_CHUNK, tl.program_id(0) == 0, BLOCK_P
+    )
+    scale, bias = scale_and_bias(weight_ptr, bias_ptr, rstd_of(var, eps), c, c_ok)
     mean, scale, bias = _expand(mean, M_AXIS), _expand(scale, M_AXIS), _expand(bias, M_AXIS)
 
     start, lanes = tl.program_id(0) * CHUNK, tl.arange(0, BLOCK_M)
@@ -120,10 +96,10 @@ def _batch_norm_relu_fwd_kernel(
             )
             z += tl.load(residual_ptr + residual_offsets, mask=ok, other=0.0).to(tl.float32)
         if RELU:
-            passes = _passes(z)
-            z = tl.where(passes, z, 0.0)
+            kept = passes(z)
+            z = tl.where(kept, z, 0.0)
             if mask_ptr is not None:
-                store_bits(mask_ptr, passes, m_start, c, M, C, M_AXIS, BLOCK_M, BLOCK_C)
+                store_bits(mask_ptr, kept, m_start, c, M, C, M_AXIS, BLOCK_M, BLOCK_C)
         y_offsets = tile_offsets(m, c, S, y_stride_n, y_stride_s, y_stride_c, M_AXIS, FLAT)
         tl.store(y_ptr + y_offsets, z.to(y_ptr.dtype.element_ty), mask=ok)
 
@@ -143,7 +119,7 @@ def _batch_norm_relu_sums_bwd_kernel(
     c_ok = c < C
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
-    scale, bias = _scale_and_bias(weight_ptr, bias_ptr, rstd_of(var, eps), c, c_ok)
+    scale, bias = scale_and_bias(weight_ptr, bias_ptr, rstd_of(var, eps), c, c_ok)
     mean, scale, bias = _expand(mean, M_AXIS), _expand(scale, M_AXIS), _expand(bias, M_AXIS)
 
     start, lanes, c_wide = pid * CHUNK, tl.arange(0, BLOCK_M), c
@@ -166,10 +142,10 @@ def _batch_norm_relu_sums_bwd_kernel(
         dz = tl.load(dy_ptr + dy_offsets, mask=ok, other=0.0).to(tl.float32)
         if RELU:
             if mask_ptr is not None:
-                passes = load_bits(mask_ptr, m_start, c_wide, M, C, M_AXIS, BLOCK_M, BLOCK_C)
+                kept = load_bits(mask_ptr, m_start, c_wide, M, C, M_AXIS, BLOCK_M, BLOCK_C)
             else:
-                passes = _passes(x * scale + bias)
-            dz = tl.where(passes, dz, 0.0)
+                kept = passes(x * scale + bias)
+            dz = tl.where(kept, dz, 0.0)
         sum_dz += dz
         sum_dzx += tl.where(ok, dz * x, 0.0)
     tl.store(partial_ptr + pid * C + c, tl.sum(sum_dz, M_AXIS), mask=c_ok)
@@ -199,7 +175,7 @@ def _batch_norm_relu_bwd_kernel(
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
     rstd = rstd_of(var, eps)
-    scale, bias = _scale_and_bias(weight_ptr, bias_ptr, rstd, c, c_ok)
+    scale, bias = scale_and_bias(weight_ptr, bias_ptr, rstd, c, c_ok)
     mean_dz = tl.zeros_like(scale)
     slope = mean_dz
     if partial_ptr is not None:
@@ -236,10 +212,10 @@ def _batch_norm_relu_bwd_kernel(
         x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0).to(tl.float32) - mean
         if RELU:
             if mask_ptr is not None:
-                passes = load_bits(mask_ptr, m_start, c, M, C, M_AXIS, BLOCK_M, BLOCK_C)
+                kept = load_bits(mask_ptr, m_start, c, M, C, M_AXIS, BLOCK_M, BLOCK_C)
             else:
-                passes = _passes(x * scale + bias)
-            dz = tl.where(passes, dz, 0.0)
+                kept = passes(x * scale + bias)
+            dz = tl.where(kept, dz, 0.0)
         if dresidual_ptr is not None:
             dresidual = dz.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + dx_offsets, dresidual, mask=ok)

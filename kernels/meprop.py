@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
-from ._moments import BLOCK_P, MAX_CHUNKS, sum_partials
+from ._moments import MAX_CHUNKS, merged_sums
 from ._tiles import (
     as_rows,
     channels_fastest,
@@ -28,7 +28,6 @@ __all__ = ["empty_index", "empty_selected", "select_channels", "select_row"]
 
 # Four elements a thread: with eight, the masks of a block's digits spill on gfx942. Not tuned yet.
 BLOCK = 1024
-MERGE_BLOCK_C = 64
 
 
 @triton.jit
@@ -39,6 +38,12 @@ def _key(v, INFINITY: tl.constexpr):
     else:
         bits = v.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
     return tl.minimum(bits, INFINITY + 1)
+
+
+@triton.jit
+def sum_key(v):
+    """_key of fp32 sums."""
+    return _key(v, 0x7F800000)
 
 
 @triton.jit
@@ -180,14 +185,6 @@ def _meprop_sums_kernel(
     tl.store(partial_ptr + pid * C + c, tl.sum(total, M_AXIS), mask=c_ok)
 
 
-@triton.jit
-def _meprop_merge_kernel(partial_ptr, sums_ptr, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sums [C] fp32 from partial [P, C]."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_ok = c < C
-    tl.store(sums_ptr + c, sum_partials(partial_ptr, c, c_ok, C, P, BLOCK_P), mask=c_ok)
-
-
 @triton.jit(do_not_specialize=["k"])
 def _meprop_channels_kernel(sums_ptr, index_ptr, k, C, INFINITY: tl.constexpr, BLOCK: tl.constexpr):
     """index int64 [k]: where sums [C] fp32 has its k largest, ascending. One program."""
@@ -268,13 +265,7 @@ def select_channels(dy: torch.Tensor, k: int) -> torch.Tensor:
         _meprop_sums_kernel, (P, tiles.columns),
         dy, partial, *tiles.sizes, chunk, *rows.strides, **tiles.constexprs,
     )  # fmt: skip
-    sums = partial[0]
-    if P > 1:
-        sums = dy.new_empty(tiles.C, dtype=torch.float32)
-        launch(
-            _meprop_merge_kernel, (triton.cdiv(tiles.C, MERGE_BLOCK_C),),
-            partial, sums, tiles.C, P, BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,
-        )  # fmt: skip
+    sums = partial[0] if P == 1 else merged_sums(partial[None])[0]
     launch(
         _meprop_channels_kernel, (1,),
         sums, index, k, tiles.C, INFINITY=_infinity(torch.float32), **_block(tiles.C),

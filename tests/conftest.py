@@ -122,5 +122,8 @@ def _every_number_accounted_for() -> Iterator[None]:
     # ops that stand beside ours in a test have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # made a property at import
+    # A convolution of PyTorch's own that stands beside ours is not cut down to TF32 on a GPU.
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.use_deterministic_algorithms(before, warn_only=warn_only)

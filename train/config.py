@@ -30,6 +30,8 @@ class Config:
     """TOML file of values for the flags below (train_size = 5000); a flag overrides it."""
     fused: bool = False
     """Use every fused op that the other flags call for."""
+    fused_units: bool = False
+    """With --fused, run each pre-activation unit as one op on a GPU. It has not run on one yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
     precision: Literal["fp32", "fp16", "bf16", "pure-fp16"] = "fp32"
@@ -152,6 +154,8 @@ class Config:
         fine = every is None or 2 <= every <= most
         need(fine, "meprop_dense_every", f"2 or more, and the {most} epochs after the dense ones")
         pure = self.precision == "pure-fp16"
+        units = self.fused and self.block == "preact"
+        need(not self.fused_units or units, "fused_units", "--fused and --block preact beside it")
         need(not pure or self.fused, "precision", "--fused beside it, for its fp32 master weights")
         need(not pure or sgd, "precision", "--optimizer sgd beside it, which has fp32 masters")
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")

@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 from trainer import Trainer, unmarked
 
-from fastres.models.resnet import PadShortcut, PlainBatchNormReLU2d
+from fastres.models.resnet import PlainBatchNormReLU2d
 from fastres.ops import BatchNormReLU2d, MePropConv2d, StochasticDepth
+from fastres.ops.preact_unit_module import PadShortcut
 
 DOMAIN = "fastres"
 # What a run does but once is over by then: compiling, choosing algorithms, making momentum.

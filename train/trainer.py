@@ -29,6 +29,7 @@ from fastres.models import ResNet
 from fastres.ops import (
     BatchNormReLU2d,
     MePropConv2d,
+    PreActUnit,
     StepGenerator,
     StochasticDepth,
     shuffle,
@@ -88,6 +89,7 @@ def build_model(config: Config, num_classes: int) -> ResNet:
             meprop_mode=config.meprop_mode,
             zero_init=config.zero_init,
             keep_units=config.units,
+            fused_units=config.fused_units,
         )
 
 
@@ -120,8 +122,13 @@ def to_half(model: nn.Module) -> None:
 
 def fused_ops(trainer: "Trainer") -> str:
     """Which fused ops a run takes, for the person who asked for --fused."""
+    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
+    units = [m for m in trainer.model.modules() if isinstance(m, PreActUnit) and m.whole and triton]
+    norms = [m for m in trainer.model.modules() if isinstance(m, BatchNormReLU2d)]
     counts = {
-        "batch_norm_relu": sum(isinstance(m, BatchNormReLU2d) for m in trainer.model.modules()),
+        "preact_unit": len(units),
+        # A unit that is one op has two of them, which it does not call.
+        "batch_norm_relu": len(norms) - 2 * len(units),
         # "batch" decides on the host what to compute: there is nothing left for the op to do.
         "stochastic_depth_add": sum(
             isinstance(m, StochasticDepth) and m.mode != "batch" for m in trainer.model.modules()
@@ -131,7 +138,6 @@ def fused_ops(trainer: "Trainer") -> str:
     layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
     steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
     steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
-    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastres.boost.errors import BoostError
 from fastres.models import ResNet
-from fastres.models.resnet import PreActUnit
+from fastres.ops import PreActUnit
 
 
 def weak_unit(plan: ResNet, number: int, before: ResNet | None = None) -> ResNet:

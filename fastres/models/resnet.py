@@ -5,14 +5,14 @@ arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382; zero_in
 2017, arXiv:1706.02677.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d, MePropConv2d, StepGenerator, StochasticDepth
+from fastres.ops import BatchNormReLU2d, MePropConv2d, PreActUnit, StepGenerator, StochasticDepth
 from fastres.ops._samples import take_samples
+from fastres.ops.preact_unit_module import Conv, PadShortcut, plain_conv
 from fastres.ops.stochastic_depth_add import check_drop
 
 
@@ -29,72 +29,6 @@ class PlainBatchNormReLU2d(nn.BatchNorm2d):
         z = super().forward(x if index is None else take_samples(x, index))
         z = z if residual is None else z + residual
         return F.relu(z, inplace=True) if relu else z
-
-
-class PadShortcut(nn.Module):
-    """Shortcut A: every stride-th pixel, and zeros for the channels that are new. No parameters."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.extra_channels, self.stride = out_channels - in_channels, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
-
-
-# Makes a convolution from in_channels, out_channels, kernel_size, stride and padding.
-Conv = Callable[[int, int, int, int, int], nn.Conv2d]
-
-
-class PreActUnit(nn.Module):
-    """x + conv2(relu(bn2(conv1(a)))) with a = relu(bn1(x)), and shortcut(a) where shapes differ."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        shortcut: nn.Module | None,
-        conv: Conv,
-        norm_relu: type[nn.BatchNorm2d],
-        drop: StochasticDepth | None = None,
-    ) -> None:
-        super().__init__()
-        self.bn1 = norm_relu(in_channels)
-        self.conv1 = conv(in_channels, out_channels, 3, stride, 1)
-        self.bn2 = norm_relu(out_channels)
-        self.conv2 = conv(out_channels, out_channels, 3, 1, 1)
-        self.shortcut = shortcut
-        self.drop = drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shortcut is None:
-            if self.drop is None:
-                return self._branch(x) + x
-            return self.drop(self._branch, x, x, self._branch_parameters)
-        # The shortcut reads a too, so bn1 is no part of what may be dropped.
-        a = self.bn1(x)
-        shortcut = self.shortcut(a)
-        if self.drop is None:
-            return self._convs(a) + shortcut
-        return self.drop(self._convs, a, shortcut, self._branch_parameters)
-
-    def _branch(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        return self._convs(self.bn1(x, index=index))
-
-    def _convs(self, a: Tensor, index: Tensor | None = None) -> Tensor:
-        return self.conv2(self.bn2(self.conv1(a if index is None else take_samples(a, index))))
-
-    def _branch_parameters(self) -> list[nn.Parameter]:
-        layers = [self.conv1, self.bn2, self.conv2]
-        if self.shortcut is None:
-            layers.append(self.bn1)
-        return [p for layer in layers for p in layer.parameters()]
-
-    def zero_branch(self) -> None:
-        # conv2 ends the branch. bn2's weight in its place would never leave 0: the ReLU after it,
-        # and with it conv2, would pass no gradient.
-        nn.init.zeros_(self.conv2.weight)
 
 
 class PostActUnit(nn.Module):
@@ -138,12 +72,6 @@ class PostActUnit(nn.Module):
         # bn2 ends the branch. conv2 in its place would give bn2 a batch without variance, and take
         # its gradient times 1 / sqrt(eps).
         nn.init.zeros_(self.bn2.weight)
-
-
-_UNITS: dict[str, type[PreActUnit] | type[PostActUnit]] = {
-    "preact": PreActUnit,
-    "postact": PostActUnit,
-}
 
 
 class ResNet(nn.Module):
@@ -192,11 +120,12 @@ class ResNet(nn.Module):
         meprop_mode: Literal["row", "unified"] = "unified",
         zero_init: bool = False,
         keep_units: int | None = None,
+        fused_units: bool = False,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, ...), got {depth}")
-        if block not in _UNITS:
+        if block not in ("preact", "postact"):
             raise ValueError(f"block: expected 'preact' or 'postact', got {block!r}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut: expected 'A' or 'B', got {shortcut!r}")
@@ -208,6 +137,8 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"drop_schedule: expected 'uniform' or 'linear', got {drop_schedule!r}"
             )
+        if fused_units and not (fused and block == "preact"):
+            raise ValueError("fused_units: expected with fused and block 'preact'")
         check_drop(drop_prob, drop_mode)
         norm_relu = BatchNormReLU2d if fused else PlainBatchNormReLU2d
         preact = block == "preact"
@@ -217,7 +148,7 @@ class ResNet(nn.Module):
         ) -> nn.Conv2d:
             sizes = (in_channels, out_channels, kernel_size, stride, padding)
             if meprop_ratio is None:
-                return nn.Conv2d(*sizes, bias=False)
+                return plain_conv(*sizes)
             return MePropConv2d(*sizes, bias=False, ratio=meprop_ratio, mode=meprop_mode)
 
         self.stem: nn.Module = conv(3, width, 3, 1, 1)
@@ -244,8 +175,8 @@ class ResNet(nn.Module):
                     linear = drop_schedule == "linear"
                     p = drop_prob * (len(units) + 1) / number if linear else drop_prob
                     drop = StochasticDepth(p, drop_mode)
-                unit = _UNITS[block]
-                units.append(unit(channels, out_channels, stride, way, conv, norm_relu, drop))
+                shape = channels, out_channels, stride, way, conv, norm_relu, drop
+                units.append(PreActUnit(*shape, fused_units) if preact else PostActUnit(*shape))
                 channels = out_channels
         self.units = nn.Sequential(*units)
         self.bn = norm_relu(channels) if preact else None
@@ -261,7 +192,12 @@ class ResNet(nn.Module):
         x = self.stem(x)
         if self.stem_bn is not None:
             x = self.stem_bn(x)
-        x = self.units(x)
+        moments = None
+        for unit in self.units:
+            if isinstance(unit, PreActUnit):
+                x, moments = unit(x, moments, True)
+            else:
+                x = unit(x)
         if self.bn is not None:
             x = self.bn(x)
         return self.fc(x.mean((2, 3)))

@@ -1,11 +1,15 @@
 """The library's face: each op as a function and as a Module. Nothing here imports Triton."""
 
+from fastres.ops._norm import Norm
 from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
 from fastres.ops.cast import cast
 from fastres.ops.meprop_conv2d import MePropConv2d, meprop_conv2d
 from fastres.ops.meprop_linear import MePropLinear, meprop_linear
+from fastres.ops.norm_relu_conv2d import NormReLUConv2d, norm_relu_conv2d
+from fastres.ops.preact_unit import BatchMoments, preact_unit
+from fastres.ops.preact_unit_module import PreActUnit
 from fastres.ops.sgd_step import flat_offsets, sgd_step
 from fastres.ops.step_generator import StepGenerator, UnitGenerator
 from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
@@ -13,9 +17,13 @@ from fastres.ops.stochastic_depth_unit import StochasticDepth, StochasticDepthUn
 from fastres.ops.unscale import unscale
 
 __all__ = [
+    "BatchMoments",
     "BatchNormReLU2d",
     "MePropConv2d",
     "MePropLinear",
+    "Norm",
+    "NormReLUConv2d",
+    "PreActUnit",
     "StepGenerator",
     "StochasticDepth",
     "StochasticDepthAdd",
@@ -27,6 +35,8 @@ __all__ = [
     "flat_offsets",
     "meprop_conv2d",
     "meprop_linear",
+    "norm_relu_conv2d",
+    "preact_unit",
     "sgd_step",
     "shuffle",
     "stochastic_depth_add",

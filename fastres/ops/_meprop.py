@@ -5,13 +5,10 @@ them order |dy| alike: NaN is largest, and of equals the lowest index is kept.
 Source: Sun et al. 2017, arXiv:1706.06197 ("row"); Wei et al. 2017, arXiv:1709.05804 ("unified").
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastres.ops._autocast import autocasts
 from fastres.ops._register import kernels, register_op, takes_kernels
 
 MODES = ("unified", "row")
@@ -145,27 +142,10 @@ def autocast(
     As in PyTorch fp64 stays, and gradients flow back through the casts.
     """
     device_type = x.device.type
-    if not _autocasts(device_type):
+    if not autocasts(device_type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
     return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-
-
-def _autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: under autocast too the backward's products keep the dtype of the forward's."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, dy: Tensor) -> Any:
-        if not _autocasts(dy.device.type):
-            return backward(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            return backward(ctx, dy)
-
-    return wrapped
 
 
 def _cast(v: Tensor, dtype: torch.dtype) -> Tensor:

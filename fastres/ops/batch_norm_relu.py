@@ -231,13 +231,13 @@ def batch_norm_relu(
             "momentum: expected a float, got None: a cumulative average needs a batch counter, "
             "which BatchNormReLU2d keeps"
         )
-    return _batch_norm_relu(
+    return checked_batch_norm_relu(
         x, running_mean, running_var, None, weight, bias, training, momentum, eps, residual, relu,
         index,
     )  # fmt: skip
 
 
-def _batch_norm_relu(
+def checked_batch_norm_relu(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -334,7 +334,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         mean = self.running_mean if updates or not training else None
         var = self.running_var if updates or not training else None
         check_batch_norm(x, mean, var, self.weight, self.bias, training, residual, index)
-        return _batch_norm_relu(
+        return checked_batch_norm_relu(
             x, mean, var, self.num_batches_tracked if updates else None, self.weight, self.bias,
             training, self.momentum, self.eps, residual, relu, index,
         )  # fmt: skip

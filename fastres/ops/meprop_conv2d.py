@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.ops._autocast import without_autocast
 from fastres.ops._meprop import (
     autocast,
     channels_last,
@@ -23,7 +24,6 @@ from fastres.ops._meprop import (
     select_channels,
     select_row,
     selected_reference,
-    without_autocast,
 )
 from fastres.ops._register import register_op
 

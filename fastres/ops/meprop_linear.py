@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.ops._autocast import without_autocast
 from fastres.ops._meprop import (
     autocast,
     check_share,
@@ -21,7 +22,6 @@ from fastres.ops._meprop import (
     select_channels,
     select_row,
     selected_reference,
-    without_autocast,
 )
 from fastres.ops._register import register_op
 

@@ -51,7 +51,8 @@ class _Skipped(torch.autograd.Function):
         return grads[0], *zeros
 
 
-def _skip(shortcut: Tensor, parameters: Sequence[Tensor], clone: bool) -> Tensor:
+def skip(shortcut: Tensor, parameters: Sequence[Tensor], clone: bool) -> Tensor:
+    """The shortcut alone, with zero gradients for the parameters of a branch that is skipped."""
     y: Tensor = _Skipped.apply(shortcut, *parameters)
     return y.clone() if clone else y
 
@@ -102,19 +103,19 @@ class StochasticDepth(nn.Module):
                 *_of_one_dtype(branch(x, None), shortcut), p, "row", True, self.generator
             )
         if self.mode == "batch":
-            if self._drops():
-                return _skip(shortcut, parameters(), clone)
+            if self.drops():
+                return skip(shortcut, parameters(), clone)
             return torch.add(shortcut, _fitting(branch(x, None), shortcut), alpha=1.0 / (1.0 - p))
         samples = x.shape[0]
         kept = subset_size(samples, p)
         if kept == 0:
-            return _skip(shortcut, parameters(), clone)
+            return skip(shortcut, parameters(), clone)
         key, unit = key_of(self.generator, x.device)
         index, position = draw_subset(key, samples, kept, unit)
         values, shortcut = _of_one_dtype(branch(x, index), shortcut)
         return add_subset(values, shortcut, position, index, samples / kept)
 
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
         """Whether this batch is dropped, drawn on the host, which chooses what to launch."""
         generator = self.generator
         if isinstance(generator, UnitGenerator):

@@ -10,9 +10,9 @@ import bench_boost
 import pytest
 import torch
 from _peak_memory import nbytes, peak_memory
+from _report_figures import HEADLINES
 from _sheet import Sheet
 from _timing import Clock
-from report import HEADLINES
 from run_main import run_main
 
 from fastres.boost import FeatureCache

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import records
 import report
+from _report_figures import as_long
 from _results import load, save
 from bench_boost_training import main
 from run_main import run_main
@@ -63,7 +64,7 @@ def test_plain_training_takes_as_long(
         {"seconds": pytest.approx(60), **dict.fromkeys(grown["curve"][0].keys() - {"seconds"}, 90)}
     ]
     assert "--unit-epochs 3" in grown["flags"] and "--seed" not in grown["flags"]
-    assert report._as_long(rows) == (
+    assert as_long(rows) == (
         "boosting (grown): train 80.0 ± 0.0 %, test 80.0 ± 0.0 % in 0.3 ± 0.0 min; "
         "boosting: train 99.0 ± 0.0 %, test 90.5 ± 0.7 % in 1.0 ± 0.0 min; "
         "plain: train 99.0 %, test 90.0 % in 1.0 min (512 images, n = 2)"

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from _report_figures import accuracies
 from _results import load
 from bench_training import main
-from report import _accuracies
 from table_runs import Run
 from train.made_up_runs import make_up
 
@@ -40,11 +40,11 @@ def test_each_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert first["images_per_second"] == 250 and first["test_accuracy"] == 90
     assert "--block postact" in first["flags"] and "--fused" in second["flags"]
     assert "the loss of epoch 1 is nan" in rows[3]["failed"] and "test_accuracy" not in rows[3]
-    said = _accuracies(epochs=4, train_size=512)(rows)
+    said = accuracies(epochs=4, train_size=512)(rows)
     assert said == (
         "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min (1 of 2 seeds)"
     )
-    assert _accuracies(epochs=200)(rows[:3]) is None
+    assert accuracies(epochs=200)(rows[:3]) is None
     # What is measured is kept; what failed is tried again.
     trained.clear()
     assert run(monkeypatch, "--table", FLAGS, "--json", str(path), "--go-on") == 1
@@ -95,7 +95,7 @@ def test_a_growth_is_a_row_before_its_training_end_to_end_and_one_after(
     assert (refined["unit_epochs"], refined["end_to_end_epochs"], refined["epochs"]) == (1, 1, 4)
     assert grown["units"] == 9 and len(grown["losses"]) == 9 and len(refined["losses"]) == 3
     assert refined["images_per_second"] == 250 and "images_per_second" not in grown
-    assert _accuracies(epochs=4, train_size=512)(list(rows.values())) == (
+    assert accuracies(epochs=4, train_size=512)(list(rows.values())) == (
         "fused 90.0 % in 1.00 min; boostresnet (grown) 80.0 % in 0.33 min; "
         "boostresnet 90.0 % in 1.00 min"
     )

@@ -133,17 +133,23 @@ def test_the_program_puts_fused_beside_eager(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "step.json").read_text())
     assert content["benchmark"] == "step_account" and content["small"] is True
     totals = {row["provider"]: row for row in content["rows"] if row["name"] == "total"}
-    assert totals.keys() == {"fused", "eager"}
+    assert totals.keys() == {"fused units", "fused", "eager"}
     for provider, total in totals.items():
         rows = [row for row in content["rows"] if row["provider"] == provider]
         assert sum(row["launches"] for row in rows if row["by"] != "all") == total["launches"]
         parts = sum(row["passes"] for row in rows if row["by"] != "all")
         assert parts == pytest.approx(total["passes"])
-    names: dict[str, set[str]] = {"fused": set(), "eager": set()}
+    names: dict[str, set[str]] = {provider: set() for provider in totals}
     for row in content["rows"]:
         names[row["provider"]].add(row["name"])
     assert "_batch_norm_relu_bwd_kernel" in names["fused"] - names["eager"]
     assert {"native_batch_norm", "relu_"} <= names["eager"] - names["fused"]
+    launches = {row["name"]: row["launches"] for row in content["rows"] if row["by"] == "triton"}
+    # Three units, two of them with a projection: two forward, five backward and one for that.
+    assert launches["_norm_relu_conv2d_fwd_kernel"] == launches["_norm_relu_conv2d_dgrad_kernel"]
+    assert launches["_norm_relu_conv2d_fwd_kernel"] == 6
+    assert launches["_norm_relu_conv2d_wgrad_kernel"] == 8
+    assert launches["_norm_relu_conv2d_dx_kernel"] == 3
     # The ReLU in the BatchNorm's kernels is a pass less each way, at any size.
     assert totals["fused"]["passes"] < totals["eager"]["passes"]
     assert "total" in done.stdout.splitlines()[-1]

@@ -92,7 +92,7 @@ class Case:
         return self.shape[0] if self.picked is None else round(self.picked * self.shape[0])
 
 
-def _values(case: Case, draw: Callable[..., Tensor]) -> Tensor:
+def values_of(case: Case, draw: Callable[..., Tensor]) -> Tensor:
     N, C, H, W = case.shape
     spread = draw(case.shape)
     match case.values:
@@ -131,7 +131,7 @@ def tensors(case: Case, device: str) -> dict[str, Tensor | None]:
         return v.to(device, case.dtype if case.half_params else torch.float32)
 
     C = case.shape[1]
-    x = placed(_values(case, draw), case.x_layout)
+    x = placed(values_of(case, draw), case.x_layout)
     dy = placed(draw((case.taken, *case.shape[1:])), case.dy_layout)
     residual, weight, bias = draw(case.shape), draw((C,)), draw((C,))
     running_mean, running_var = draw((C,)), 0.5 + draw((C,)).abs()

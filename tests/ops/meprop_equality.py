@@ -105,7 +105,11 @@ def check_channels(select: Callable[[Tensor, int], Tensor], dy: Tensor, k: int) 
 def small_blocks() -> Iterator[None]:
     """Blocks and limits so small that a few hundred elements make several of everything."""
     kernels: Any = _register._import_kernels("meprop")
-    tiles = sys.modules[f"{kernels.__package__}._tiles"]
-    limits: Any = {"BLOCK": 32, "MERGE_BLOCK_C": 8, "BLOCK_P": 2, "MAX_CHUNKS": 3}
-    with mock.patch.multiple(kernels, **limits), mock.patch.multiple(tiles, TILE=64):
+    tiles, moments = (sys.modules[f"{kernels.__package__}.{n}"] for n in ("_tiles", "_moments"))
+    limits: Any = {"MERGE_BLOCK_C": 8, "BLOCK_P": 2}
+    with (
+        mock.patch.multiple(kernels, BLOCK=32, MAX_CHUNKS=3),
+        mock.patch.multiple(moments, **limits),
+        mock.patch.multiple(tiles, TILE=64),
+    ):
         yield

@@ -13,7 +13,7 @@ from ops.batch_norm_relu_equality import Case, check, small_tiles
 from fastres.ops import _register
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_launch", "_tiles", "_moments", "batch_norm_relu")
+FILES = ("__init__", "_launch", "_tiles", "_moments", "_normalize", "batch_norm_relu")
 
 # Six tiles of 64 rows, two to a chunk and so three partials, the last tile in part.
 CASE = Case(shape=(5, 8, 11, 6), dy_layout="nhwc")
@@ -71,8 +71,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the mask forgets the residual": (
         "batch_norm_relu",
-        "store_bits(mask_ptr, passes,",
-        "store_bits(mask_ptr, _passes((x - mean) * scale + bias),",
+        "store_bits(mask_ptr, kept,",
+        "store_bits(mask_ptr, passes((x - mean) * scale + bias),",
         WITH_RESIDUAL,
     ),
     "the mask's bits come back in reverse": (
@@ -82,7 +82,7 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         WITH_RESIDUAL,
     ),
     "the ReLU keeps the negative": (
-        "batch_norm_relu",
+        "_normalize",
         "return (z <= 0.0) == 0",
         "return (z >= 0.0) == 0",
         CASE,

@@ -97,7 +97,7 @@ def test_exports_with_a_batch_of_any_size(path: str, device: str) -> None:
 # What each kernel writes; PyTorch finds it in the kernel's IR, and takes all else as only read.
 CHANNELS = {
     "_meprop_sums_kernel": ["partial_ptr"],
-    "_meprop_merge_kernel": ["sums_ptr"],
+    "_sum_partials_kernel": ["sums_ptr"],
     # index's places are found by way of sums, which PyTorch takes for a write: it copies C numbers.
     "_meprop_channels_kernel": ["sums_ptr", "index_ptr"],
 }

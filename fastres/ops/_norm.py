@@ -1,0 +1,82 @@
+"""A BatchNorm as functions take it, and BatchNorm and ReLU by PyTorch's own operators."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.ops.batch_norm_relu import checked_batch_norm_relu
+
+
+class Norm(NamedTuple):
+    """A BatchNorm as a function takes it: F.batch_norm's arguments, and the counter of a Module.
+
+    Args:
+        running_mean, running_var: [C] contiguous, both or neither; updated in training.
+        weight, bias: [C] or None.
+        training: normalise by the batch's statistics in place of the running ones.
+        momentum: share of the batch's statistics in the updated running ones; None: a cumulative
+            average, which needs num_batches_tracked.
+        eps: added to the variance.
+        num_batches_tracked: int64 scalar or None, counted up in training.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d) -> "Norm":
+        """What the Module would hand to F.batch_norm."""
+        tracks = module.running_mean is not None
+        training = module.training or not tracks
+        updates = module.training and module.track_running_stats and tracks
+        kept = updates or not training
+        return cls(
+            module.running_mean if kept else None,
+            module.running_var if kept else None,
+            module.weight,
+            module.bias,
+            training,
+            module.momentum,
+            module.eps,
+            module.num_batches_tracked if updates else None,
+        )
+
+    @property
+    def statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """What to normalise by: the running ones, or None for the batch's."""
+        return (None, None) if self.training else (self.running_mean, self.running_var)
+
+
+def norm_relu_reference(x: Tensor, norm: Norm) -> Tensor:
+    """relu(norm(x)) in PyTorch's own ops."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    z = F.batch_norm(
+        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum,
+        norm.eps,
+    )  # fmt: skip
+    return torch.relu(z)
+
+
+def norm_relu(x: Tensor, norm: Norm) -> Tensor:
+    """The same as a run takes it, where the convolution that follows takes none of our kernels."""
+    return checked_batch_norm_relu(
+        x, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.weight, norm.bias,
+        norm.training, norm.momentum, norm.eps, None, True,
+    )  # fmt: skip
+
+
+def update_stats(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move a norm's running statistics toward the batch's, taken over `count` values."""
+    if norm.training and norm.running_mean is not None:
+        torch.ops.fastres.batch_norm_update_stats.default(
+            norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, var,
+            norm.momentum, count,
+        )  # fmt: skip

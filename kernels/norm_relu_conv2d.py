@@ -1,0 +1,113 @@
+"""BatchNorm, ReLU and a convolution, forward in two kernels and backward in three.
+
+    y = residual + scale * conv(relu(norm(x)))
+
+The first kernel of the forward takes the moments of x, which a unit would have from the one before.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ._conv import as_nhwc, merges
+from ._conv_dgrad import conv_dgrad
+from ._conv_dx import conv_dx
+from ._conv_forward import conv_forward
+from ._conv_gradient import Input, Norm, Output
+from ._conv_wgrad import conv_wgrad, slab_chunks
+from ._moments import Moments, Stats, moments, stats_of
+from ._tiles import as_rows, tiling
+
+
+def batch_moments(x: torch.Tensor, index: torch.Tensor | None = None) -> Moments:
+    """The moments of x [N, C, H, W], or of its samples index, int64 [s]."""
+    x, rows = as_rows(x)
+    shape = x.shape if index is None else torch.Size((index.shape[0], *x.shape[1:]))
+    tiles = tiling(shape, rows)
+    partial, _, chunk = moments(x, index, rows, tiles)
+    return Moments(partial, chunk, tiles.M)
+
+
+def batch_stats(x: torch.Tensor, index: torch.Tensor | None = None) -> Stats:
+    """What a convolution of x, or of its samples index, normalises by in training."""
+    return stats_of(batch_moments(x, index), merges(x.shape[1], x.dtype))
+
+
+def given_stats(mean: torch.Tensor | None, var: torch.Tensor | None, rows: int = 0) -> Stats | None:
+    """mean and var, where they are given, for kernels that merge nothing."""
+    return None if mean is None or var is None else Stats(mean, var, rows=rows)
+
+
+def outputs(stats: Stats, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean and var, or, where they were given and are no outputs, two empty ones."""
+    if training:
+        return stats.mean, stats.var
+    empty = stats.mean.new_empty(0, dtype=torch.float32)
+    return empty, torch.empty_like(empty)
+
+
+def norm_relu_conv2d_fwd(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    scale: float,
+    stride: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, and mean and var where they are the batch's, else two empty tensors.
+
+    Args: as conv_forward.
+    """
+    given = given_stats(running_mean, running_var)
+    stats = given or batch_stats(x)
+    y, _, _ = conv_forward(
+        x, None, stats, norm_weight, norm_bias, weight, None, residual, row_scale, scale, stride,
+        eps, False,
+    )  # fmt: skip
+    return y, *outputs(stats, given is None)
+
+
+def empty_like_or_none(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else torch.empty_like(t)
+
+
+def or_empty(t: torch.Tensor, *several: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """Each of several, or where it is None an empty tensor as t: ops return tensors."""
+    return [t.new_empty(0) if s is None else s for s in several]
+
+
+def norm_relu_conv2d_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    scale: float,
+    stride: int,
+    eps: float,
+    training: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dnorm_weight and dnorm_bias, empty where there is none, and dweight, laid out as weight.
+
+    dy: as the forward's y, any strides. The residual's gradient is dy itself.
+    """
+    N, C, H, W = x.shape
+    norm = Norm(Stats(mean, var, rows=N * H * W), norm_weight, norm_bias, eps, training)
+    into, out = Input(x, None, norm), Output(as_nhwc(dy), scale=scale, row_scale=row_scale)
+    P = slab_chunks(weight, dy.numel() // dy.shape[1], x.dtype)
+    slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
+    dweight = torch.empty_like(weight)
+    dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
+    dz, sums = conv_dgrad(into, out, weight, stride, N)
+    conv_wgrad(into, out, weight, stride, N, slab, 0)
+    dx = conv_dx(None, dz, None, x, norm, sums, dnorm[0], dnorm[1], slab, dweight)
+    dnorm_weight, dnorm_bias = or_empty(x, *dnorm)
+    return dx, dnorm_weight, dnorm_bias, dweight

@@ -1,0 +1,298 @@
+"""Convolution kernels broken on purpose: the ordinary check must fail for each of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ops import kernel_mutants, norm_relu_conv2d_equality, preact_unit_equality
+from ops.norm_relu_conv2d_equality import Case as Conv
+from ops.norm_relu_conv2d_equality import small_tiles
+from ops.preact_unit_equality import Case
+
+# Three tiles of 32 pixels, one to a chunk, the last in part; in fp32 one block of 16 channels. One
+# convolution takes the interpreter half the time of a unit.
+CASE = Case(shape=(3, 16, 5, 5))
+CONV = Conv(shape=(3, 16, 5, 5), K=16, row_scale=True, seed=2)
+# Six tiles, two to a chunk.
+TILES = Case(shape=(4, 16, 7, 6), moments=True)
+CONV_TILES = Conv(shape=(4, 16, 7, 6), K=16)
+CONV_BLOCKS = Conv(shape=(2, 32, 3, 4))
+CONV_STRIDED = Conv(shape=(2, 16, 5, 6), K=16, stride=2)
+PROJECTED = Case(shape=(2, 16, 5, 6), K=16, stride=2, project=True, kept=(5, 9, 3))
+PICKED = Case(shape=(5, 16, 3, 3), picked=0.6)
+HALF = Case(shape=(3, 16, 5, 5), dtype=torch.float16, moments=True)
+
+# File, the text to replace (once in the file), what takes its place, and the case that tells.
+MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
+    "the forward misses a tap": (
+        "_conv_forward",
+        "for tap in tl.static_range(TAPS * TAPS):",
+        "for tap in tl.static_range(TAPS * TAPS - 1):",
+        CONV,
+    ),
+    "the forward misses a block of channels": (
+        "_conv_forward",
+        "for c_start in tl.range(0, C, BLOCK_C, num_stages=1):",
+        "for c_start in tl.range(0, C - BLOCK_C, BLOCK_C, num_stages=1):",
+        CONV_BLOCKS,
+    ),
+    "the zeros around the image are normalised": (
+        "_normalize",
+        "return tl.where(inside & passes(z), z, 0.0)",
+        "return tl.where(passes(z), z, 0.0)",
+        CONV,
+    ),
+    "the forward's first sample is always the first": (
+        "_conv_forward",
+        "y *= tl.load(row_scale_ptr + first + n,",
+        "y *= tl.load(row_scale_ptr + n,",
+        CONV,
+    ),
+    "y's moments are of what is not rounded": (
+        "_conv_forward",
+        "        y = y.to(dtype)\n        tl.store(y_ptr + base + at, y, mask=mk_ok)",
+        "        tl.store(y_ptr + base + at, y.to(dtype), mask=mk_ok)",
+        HALF,
+    ),
+    "y's moments take pixels past the end": (
+        "_conv_forward",
+        "spread = tl.where(mk_ok, y - tile_mean[None, :], 0.0)",
+        "spread = y - tile_mean[None, :]",
+        CASE,
+    ),
+    "y's moments count pixels past the end": (
+        "_conv_forward",
+        "count = tl.minimum(end - m_start, BLOCK_M).to(tl.float32)",
+        "count = tl.minimum(end, 0).to(tl.float32) + BLOCK_M",
+        CASE,
+    ),
+    "a chunk's moments are those of its last tile": (
+        "_conv_forward",
+        "y_mean += delta * (count / total)",
+        "y_mean = tile_mean",
+        TILES,
+    ),
+    "the moments miss the last partial": (
+        "_moments",
+        "count = 0.0\n    for p_start in range(0, P, BLOCK_P):",
+        "count = 0.0\n    for p_start in range(0, P - 1, BLOCK_P):",
+        CONV,
+    ),
+    "the backward's sums miss the last partial": (
+        "_moments",
+        "total = tl.zeros_like(c).to(tl.float32)\n    for p_start in range(0, P, BLOCK_P):",
+        "total = tl.zeros_like(c).to(tl.float32)\n    for p_start in range(0, P - 1, BLOCK_P):",
+        CONV,
+    ),
+    "the slab's last chunk is lost": (
+        "_conv_dx",
+        "sum_partials(slab_ptr, t, t < size, size, chunks, BLOCK_P)",
+        "sum_partials(slab_ptr, t, t < size, size, chunks - 1, BLOCK_P)",
+        CONV_TILES,
+    ),
+    "the mask forgets the bias": (
+        "_conv_dgrad",
+        "kept = passes(x * z_scale[None, :] + z_bias[None, :]) & mc_ok",
+        "kept = passes(x * z_scale[None, :]) & mc_ok",
+        CONV,
+    ),
+    "the mask is that of the sum": (
+        "_conv_dgrad",
+        "kept = passes(x * z_scale[None, :] + z_bias[None, :]) & mc_ok",
+        "kept = passes(acc) & mc_ok",
+        CONV,
+    ),
+    "the dgrad's taps are the forward's": (
+        "_conv_dgrad",
+        "out_y + (odd_y - tap_y) // STRIDE, out_x",
+        "out_y + (odd_y + tap_y) // STRIDE, out_x",
+        CONV,
+    ),
+    "the dgrad misses a block of channels": (
+        "_conv_dgrad",
+        "for k_start in tl.range(0, KEPT, BLOCK_K, num_stages=1):",
+        "for k_start in tl.range(0, KEPT - BLOCK_K, BLOCK_K, num_stages=1):",
+        CONV_BLOCKS,
+    ),
+    "the parities' rows and columns are exchanged": (
+        "_conv_dgrad",
+        "in_y, in_x = out_y * STRIDE + odd_y, out_x * STRIDE + odd_x",
+        "in_y, in_x = out_y * STRIDE + odd_x, out_x * STRIDE + odd_y",
+        CONV_STRIDED,
+    ),
+    "a parity's partial replaces another's": (
+        "_conv_dgrad",
+        "row = pid * tl.num_programs(2) + parity",
+        "row = pid * tl.num_programs(2) + parity // 2",
+        CONV_STRIDED,
+    ),
+    "the dgrad forgets the projection": (
+        "_conv_dgrad",
+        "if parity == 0:",
+        "if parity > 3:",
+        PROJECTED,
+    ),
+    "the projection's gradient comes from every pixel": (
+        "_conv_dgrad",
+        "if parity == 0:",
+        "if parity >= 0:",
+        PROJECTED,
+    ),
+    "BatchNorm's backward has no slope": (
+        "_conv_gradient",
+        "slope = rstd * rstd * (sum_dzh / ROWS)",
+        "slope = 0.0 * mean_dz",
+        CONV,
+    ),
+    "the mean of dz is its sum": (
+        "_conv_gradient",
+        "mean_dz = sum_dz / ROWS",
+        "mean_dz = sum_dz",
+        CONV,
+    ),
+    "BatchNorm's backward is applied outside the image": (
+        "_conv_gradient",
+        "g = tl.where(ok, g * h_scale[None, :], 0.0)",
+        "g = g * h_scale[None, :]",
+        CASE,
+    ),
+    "the norm's dweight is not normalised": (
+        "_conv_gradient",
+        "dweight = (sum_dzh * rstd)",
+        "dweight = sum_dzh",
+        CONV,
+    ),
+    "the dgrad forgets row_scale": (
+        "_conv_dgrad",
+        "*out.tensors, out.dweight, out.dbias, out.row_scale, out.order, weight,",
+        "*out.tensors, out.dweight, out.dbias, None, out.order, weight,",
+        CONV,
+    ),
+    "the wgrad forgets row_scale": (
+        "_conv_wgrad",
+        "*out.tensors, out.row_scale, out.order,",
+        "*out.tensors, None, out.order,",
+        CONV,
+    ),
+    "the wgrad's taps are in reverse": (
+        "_conv_wgrad",
+        "at = at[:, None] + ((tap - PAD) * C + c)[None, :]",
+        "at = at[:, None] + ((PAD - tap) * C + c)[None, :]",
+        CONV,
+    ),
+    "the wgrad keeps its last tile alone": (
+        "_conv_wgrad",
+        "acc = product(tl.trans(a), operand(g, dtype), acc)",
+        "acc = product(tl.trans(a), operand(g, dtype), tl.zeros_like(acc))",
+        CONV_TILES,
+    ),
+    "the weights' gradients overlap": (
+        "preact_unit",
+        "slab, sizes[0] + sizes[1])",
+        "slab, sizes[0])",
+        PROJECTED,
+    ),
+    "norm1's moments are of every sample, not the index's": (
+        "preact_unit",
+        "stats1 = batch_stats(x, seen)",
+        "stats1 = batch_stats(x)",
+        PICKED,
+    ),
+    "conv1 takes the index's samples in another order": (
+        "preact_unit",
+        "h_moments = conv_forward(\n        x, index,",
+        "h_moments = conv_forward(\n        x, None if index is None else index.sort()[0],",
+        PICKED,
+    ),
+    "the backward takes dy's first samples": (
+        "preact_unit",
+        "Output(dy, index, scale, row_scale)",
+        "Output(dy, None, scale, row_scale)",
+        PICKED,
+    ),
+    "the backward takes x's first samples": (
+        "preact_unit",
+        "into1 = Input(x, index, first)",
+        "into1 = Input(x, None, first)",
+        PICKED,
+    ),
+    "norm1's sums are divided by every sample": (
+        "preact_unit",
+        "rows1 = (branch if of_branch else N) * S",
+        "rows1 = N * S",
+        PICKED,
+    ),
+    "BatchNorm's backward reaches samples that took no branch": (
+        "_conv_dx",
+        "dx = tl.where(dz_ok, dx * scale[None, :], 0.0)",
+        "dx = dx * scale[None, :]",
+        PICKED,
+    ),
+    "the shortcut's gradient is lost": (
+        "preact_unit",
+        "shortcut, dz_index = dy, position",
+        "shortcut, dz_index = None, position",
+        CASE,
+    ),
+    "meProp keeps the smallest channels": (
+        "_conv_select",
+        "- c)[None, :] > ((key.to(tl.int64)",
+        "- c)[None, :] < ((key.to(tl.int64)",
+        PROJECTED,
+    ),
+    "meProp goes by sums of g, not of |g|": (
+        "_conv_select",
+        "total += tl.sum(tl.abs(operand(g, g_ptr.dtype.element_ty).to(tl.float32)), 0)",
+        "total += tl.sum(operand(g, g_ptr.dtype.element_ty).to(tl.float32), 0)",
+        PROJECTED,
+    ),
+    "meProp's wgrad is of every channel": (
+        "_conv_wgrad",
+        "c_ok, k_ok = (c < C) & (tap < TAPS), places < KEPT",
+        "c_ok, k_ok = (c < C) & (tap < TAPS), places < K",
+        PROJECTED,
+    ),
+    "meProp's dgrad takes the first channels": (
+        "_conv_dgrad",
+        "            k = channels_at(order_ptr, lanes, k_ok)",
+        "            k = lanes",
+        PROJECTED,
+    ),
+    "norm1's backward in evaluation is the training's": (
+        "_conv_dx",
+        "TRAINING=norm.training",
+        "TRAINING=True",
+        Case(shape=(2, 16, 2, 2), training=(False, True)),
+    ),
+    "norm2's backward in evaluation is the training's": (
+        "_conv_dgrad",
+        "TRAINING=out.training",
+        "TRAINING=True",
+        Case(shape=(2, 16, 2, 2), training=(True, False)),
+    ),
+}
+
+
+def check(case: Case | Conv, device: str) -> None:
+    if isinstance(case, Conv):
+        norm_relu_conv2d_equality.check(case, device)
+    else:
+        preact_unit_equality.check(case, device)
+
+
+def test_an_unbroken_copy_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    kernel_mutants.take(tmp_path, monkeypatch, "preact_unit")
+    with small_tiles():
+        for case in dict.fromkeys(case for *_, case in MUTANTS.values()):
+            check(case, device)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_fails(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    kernel_mutants.take(tmp_path, monkeypatch, *MUTANTS[name][:3])
+    with small_tiles(), pytest.raises(AssertionError, match="is off"):
+        check(MUTANTS[name][3], device)
