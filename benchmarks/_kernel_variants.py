@@ -43,6 +43,15 @@ def _recorded(into: list[Variant], name: str) -> Iterator[None]:
     into.append(Variant(name, launches))
 
 
+@contextmanager
+def _recorded_one_by_one(into: list[Variant], name: str) -> Iterator[None]:
+    """A variant a launch, for functions that launch a kernel more than once, each time another."""
+    with record() as launches:
+        yield
+    for i, launch in enumerate(launches):
+        into.append(Variant(f"{name} {i + 1}", [launch]))
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, fmt: str = "NHWC") -> torch.Tensor:
     if len(shape) != 4:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -279,12 +288,12 @@ def _preact_unit_step(
         with record():
             moments = batch_moments(x)
         partial, chunk = moments.partial, moments.chunk
-    with _recorded(into, f"{name} fwd"):
+    with _recorded_one_by_one(into, f"{name} fwd"):
         y, _, h, *_ = preact_unit.preact_unit_fwd(
             x, partial, chunk, index, position, given1, (c, c), weight1, given2, (k, k), weight2,
             projection, row_scale, 2.0, stride, (1e-5, 1e-5), trains,
         )  # fmt: skip
-    with _recorded(into, f"{name} bwd"):
+    with _recorded_one_by_one(into, f"{name} bwd"):
         preact_unit.preact_unit_bwd(
             y, x, h, index, position, (c, c), (c, c), weight1, (k, k), (k, k), weight2,
             projection, row_scale, 2.0, stride, (1e-5, 1e-5), (trains, trains),
