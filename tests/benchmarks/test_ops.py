@@ -31,6 +31,7 @@ OPS = {
         {"fastres", "eager", "torchvision", "torchvision compile", *COMPILED},
         {"forward", "backward"},
     ),
+    "preact_unit": ({"fastres", "layers", "eager", *COMPILED}, {"forward", "backward"}),
     "augment": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "cast": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "unscale": ({"fastres", "eager", *COMPILED}, {"forward"}),

@@ -53,6 +53,8 @@ def test_best_is_readable_and_fused() -> None:
         (["--depth", "21"], ["--depth 21", "6n + 2"]),
         (["--dataset", "imagenet"], ["imagenet", "cifar10"]),
         (["--batch-size", "0"], ["--batch-size 0", "1 or more"]),
+        (["--fused-units"], ["--fused-units True", "--fused and --block preact"]),
+        (["--fused", "--fused-units", "--block", "postact"], ["--fused-units", "--block preact"]),
         (["--lr", "nan"], ["--lr nan", "positive"]),
         (["--lr", "inf"], ["--lr inf", "positive"]),
         (["--epochs", "0"], ["--epochs 0"]),

@@ -1,0 +1,139 @@
+"""The ResNet whose residual units are one op each: the plain model, its losses and gradients."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.norm_relu_conv2d_equality import few_programs
+from tolerances import MODEL_RELATIVE, STEPS_RELATIVE
+
+from fastres.models import ResNet
+from fastres.ops import PreActUnit, StepGenerator, _register
+
+
+def _models(device: str, **settings: Any) -> tuple[ResNet, ResNet, ResNet]:
+    """Of one state: with fused units, plain, and plain in fp64 on the CPU."""
+    torch.manual_seed(0)
+    fused = ResNet(8, fused=True, fused_units=True, **settings).to(device)
+    plain = ResNet(8, fused=False, **settings).to(device)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(fused.state_dict())
+    assert all(unit.whole for unit in fused.units if isinstance(unit, PreActUnit))
+    return fused, plain, copy.deepcopy(plain).to("cpu", torch.float64)
+
+
+def _each(
+    models: tuple[ResNet, ...], monkeypatch: pytest.MonkeyPatch, run: Callable[[ResNet], Any]
+) -> list[Any]:
+    """run(model) for each; the plain ones on a CPU by PyTorch's own operators."""
+    found = []
+    for model in models:
+        with monkeypatch.context() as patched, few_programs():
+            if model is not models[0]:
+                patched.setattr(_register, "INTERPRET", False)
+            found.append(run(model))
+    return found
+
+
+def _like(t: torch.Tensor, model: ResNet) -> torch.Tensor:
+    p = next(model.parameters())
+    return t.to(p.device, p.dtype if t.is_floating_point() else t.dtype)
+
+
+def _images(count: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(count, 3, 6, 6, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x, torch.arange(count, device=device) % 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shortcut": "A"},
+        {"drop_prob": 0.6, "drop_mode": "batch"},
+        {"drop_prob": 0.6, "drop_mode": "row"},
+        {"drop_prob": 0.6, "drop_mode": "subset"},
+        {"meprop_ratio": 0.25},
+    ],
+    ids=str,
+)
+def test_fused_units_are_the_plain_model(
+    settings: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = _models(device, **settings)
+    x, target = _images(4, device)
+
+    def run(model: ResNet) -> dict[str, torch.Tensor]:
+        model.draw_from(StepGenerator(3))
+        y = model(_like(x, model))
+        F.cross_entropy(y, _like(target, model)).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found = {"y": y.detach()} | grads | dict(model.named_buffers())
+        model.eval()
+        with torch.no_grad():
+            found["y in evaluation"] = model(_like(x, model))
+        return {name: t.cpu() for name, t in found.items()}
+
+    fused, plain, exact = _each(models, monkeypatch, run)
+    assert fused.keys() == exact.keys()
+    for name, want in exact.items():
+        if not want.is_floating_point():
+            assert name.endswith("num_batches_tracked") and torch.equal(fused[name], want)
+            continue
+        off, peer = ((a[name].double() - want).norm() for a in (fused, plain))
+        bound = torch.maximum(2 * peer, MODEL_RELATIVE * want.norm())
+        assert bool(off <= bound), f"{name} is off by {off}, the plain model by {peer}"
+
+
+def test_twenty_steps_lie_on_the_plain_models(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of twenty steps of SGD, beside those in fp64: an identity unit, and a projection."""
+    models = _models(device, keep_units=2)
+    x, target = _images(6, device)
+
+    def run(model: ResNet) -> torch.Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        losses = []
+        for _ in range(20):
+            loss = F.cross_entropy(model(_like(x, model)), _like(target, model))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses, dtype=torch.float64)
+
+    fused, plain, exact = _each(models, monkeypatch, run)
+    assert exact[-1] < 0.5 * exact[0]
+    error, peer = ((a - exact).abs() / exact for a in (fused, plain))
+    assert bool((error <= max(2 * peer.max().item(), STEPS_RELATIVE)).all()), (error, peer)
+
+
+def test_two_steps_of_one_seed_are_bitwise_one(device: str) -> None:
+    results = []
+    for _ in range(2):
+        model, _, _ = _models(device, keep_units=2)
+        x, target = _images(3, device)
+        with few_programs():
+            F.cross_entropy(model(x), target).backward()
+        results.append([p.grad for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="fused_units: expected with fused and block 'preact'"):
+        ResNet(8, fused=False, fused_units=True)
+    with pytest.raises(ValueError, match="fused_units: expected with fused and block 'preact'"):
+        ResNet(8, block="postact", fused_units=True)
+
+
+def test_widths_that_are_not_served_go_by_layers() -> None:
+    model = ResNet(8, 12, fused_units=True)
+    units = [unit for unit in model.units if isinstance(unit, PreActUnit)]
+    # Twelve channels, and twenty-four, are none that the kernels take; forty-eight are.
+    assert [unit.whole for unit in units] == [False, False, False]
+    assert "layer by layer" in repr(units[0])
+    assert all(unit.whole for unit in ResNet(8, 16, fused_units=True).units)
