@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._conv import as_nhwc, merges
+from ._conv import as_nhwc, conv2d_shape, empty_nhwc, merges
 from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward
@@ -44,6 +44,15 @@ def outputs(stats: Stats, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return stats.mean, stats.var
     empty = stats.mean.new_empty(0, dtype=torch.float32)
     return empty, torch.empty_like(empty)
+
+
+def empty_outputs(
+    x: torch.Tensor, weight: torch.Tensor, stride: int, training: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What norm_relu_conv2d_fwd returns, uninitialised."""
+    y = empty_nhwc(x, *conv2d_shape(x, weight, stride, x.shape[0]))
+    stats = x.new_empty(x.shape[1] if training else 0, dtype=torch.float32)
+    return y, stats, torch.empty_like(stats)
 
 
 def norm_relu_conv2d_fwd(

@@ -50,15 +50,34 @@ def check_batch_norm(
                 f"{index.dtype} on {index.device}"
             )
         N = index.shape[0]
+    check_vectors(shape[1], dtype, device, running_mean, running_var, weight, bias, training)
+    check_values([N, *shape[1:]], training)
+
+
+def check_values(shape: list[int], training: bool, name: str = "x") -> None:
+    """Raise ValueError where one value of a channel has no variance; shape: [N, C, H, W]."""
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"{name}: expected more than 1 value per channel in training, got shape {shape}"
+        )
+
+
+def check_vectors(
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+) -> None:
+    """Raise ValueError unless a BatchNorm's tensors fit an activation of a dtype on a device."""
+    wanted = _PARAMETER_DTYPES[dtype]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither, got one")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var: needed where training=False, got None")
-    if training and N * shape[2] * shape[3] == 1:
-        raise ValueError(
-            f"x: expected more than 1 value per channel in training, got shape {[N, *shape[1:]]}"
-        )
-    channels = shape[1:2]
     for name, v in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -67,9 +86,9 @@ def check_batch_norm(
     ):
         if v is None:
             continue
-        if v.shape != channels or v.device != device:
+        if v.shape != (channels,) or v.device != device:
             raise ValueError(
-                f"{name}: expected {list(channels)} on {device}, got {list(v.shape)} on {v.device}"
+                f"{name}: expected [{channels}] on {device}, got {list(v.shape)} on {v.device}"
             )
         if v.dtype not in wanted:
             names = " or ".join(str(dtype) for dtype in wanted)

@@ -54,6 +54,14 @@ class Norm(NamedTuple):
         """What to normalise by: the running ones, or None for the batch's."""
         return (None, None) if self.training else (self.running_mean, self.running_var)
 
+    @property
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """weight and bias as kernels read them: contiguous."""
+        return (
+            None if self.weight is None else self.weight.contiguous(),
+            None if self.bias is None else self.bias.contiguous(),
+        )
+
 
 def norm_relu_reference(x: Tensor, norm: Norm) -> Tensor:
     """relu(norm(x)) in PyTorch's own ops."""

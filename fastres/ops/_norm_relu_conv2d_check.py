@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastres.ops._batch_norm_check import check_batch_norm
+from fastres.ops._batch_norm_check import check_batch_norm, check_values, check_vectors
 from fastres.ops._meprop import count_kept
 from fastres.ops._norm import Norm
 from fastres.ops.meprop_conv2d import MePropConv2d
@@ -44,14 +44,22 @@ def kept_channels(conv: nn.Conv2d) -> int:
     return conv.out_channels
 
 
-def check_norm(x: Tensor, norm: Norm, name: str) -> None:
-    """Raise ValueError unless norm fits x."""
+def check_norm(x: Tensor, norm: Norm, name: str, shape: list[int] | None = None) -> None:
+    """Raise ValueError unless norm fits x, or what of x's dtype and device has another shape."""
     try:
-        check_batch_norm(
-            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, None
-        )
+        if shape is None:
+            check_batch_norm(
+                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, None
+            )
+        else:
+            check_vectors(
+                shape[1], x.dtype, x.device, norm.running_mean, norm.running_var, norm.weight,
+                norm.bias, norm.training,
+            )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if shape is not None:
+        check_values(shape, norm.training, name)
     tracks = norm.training and norm.running_mean is not None
     if tracks and norm.momentum is None and norm.num_batches_tracked is None:
         raise ValueError(
@@ -148,7 +156,6 @@ def check_unit(
             f"shortcut_weight: needed where the shape changes, from {C} channels to {K} at stride "
             f"{stride}, got None"
         )
-    check_norm(x.new_empty(x.shape[0], K, 2, 1), norm2, "norm2")
     check_row_scale(x, row_scale)
     if kept is not None and (len(kept) != 3 or not all(1 <= k <= K for k in kept)):
         raise ValueError(f"kept: expected three numbers of channels, 1 to {K}, got {list(kept)}")
@@ -156,16 +163,9 @@ def check_unit(
     N, _, H, W = x.shape
     samples = N if index is None else index.shape[0]
     if shortcut_weight is None:
-        check_values(norm1, "norm1", [samples, C, H, W])
-    check_values(norm2, "norm2", [samples, K, (H - 1) // stride + 1, (W - 1) // stride + 1])
-
-
-def check_values(norm: Norm, name: str, shape: list[int]) -> None:
-    """Raise ValueError where one value of a channel has no variance; shape: what the norm sees."""
-    if norm.training and shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(
-            f"{name}: expected more than 1 value per channel in training, got shape {shape}"
-        )
+        check_values([samples, C, H, W], norm1.training, "norm1")
+    of_h = [samples, K, (H - 1) // stride + 1, (W - 1) // stride + 1]
+    check_norm(x, norm2, "norm2", of_h)
 
 
 def check_subset(

@@ -6,6 +6,7 @@ Read from the top: the reference, the registered op with its backward, the funct
 Source: pre-activation, He et al. 2016, arXiv:1603.05027.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +34,16 @@ def norm_relu_conv2d_reference(
     stride: int = 1,
     scale: float = 1.0,
     row_scale: Tensor | None = None,
+    norm_relu: Callable[[Tensor, Norm], Tensor] = norm_relu_reference,
 ) -> Tensor:
     """The definition of norm_relu_conv2d, in PyTorch's own ops."""
-    a = norm_relu_reference(x, norm)
-    y = scale * F.conv2d(a, weight.to(x.dtype), None, stride, weight.shape[2] // 2)
+    a = norm_relu(x, norm)
+    y = F.conv2d(a, weight.to(x.dtype), None, stride, weight.shape[2] // 2)
     if row_scale is not None:
         y = y * row_scale[:, None, None, None].to(y.dtype)
-    return y if residual is None else y + residual
+    if residual is not None:
+        return torch.add(residual, y, alpha=scale)
+    return y if scale == 1 else scale * y
 
 
 @register_op("norm_relu_conv2d")
@@ -80,14 +84,7 @@ def _(
     stride: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats = x.new_empty(0 if running_mean is not None else x.shape[1], dtype=torch.float32)
-    return _empty_y(x, weight, stride), stats, torch.empty_like(stats)
-
-
-def _empty_y(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-    y = x.new_empty(x.shape[0], height, width, weight.shape[0])
-    return y.permute(0, 3, 1, 2)
+    return kernels("norm_relu_conv2d", x).empty_outputs(x, weight, stride, running_mean is None)
 
 
 @register_op("norm_relu_conv2d_backward")
@@ -208,11 +205,14 @@ def norm_relu_conv2d(
     check_like(x, "residual", residual, (x.shape[0], weight.shape[0], height, width))
     check_row_scale(x, row_scale)
     if not takes or x.numel() == 0:
-        return _native(x, norm, weight, residual, stride, scale, row_scale)
+        return norm_relu_conv2d_reference(
+            x, norm, weight, residual, stride, scale, row_scale, norm_relu
+        )
     mean, var = norm.statistics
     y, mean, var = torch.ops.fastres.norm_relu_conv2d.default(
-        as_nhwc(x), mean, var, norm.weight, norm.bias, as_dense(weight),
-        None if residual is None else as_nhwc(residual), row_scale, scale, stride, norm.eps,
+        as_nhwc(x), mean, var, *norm.affine, as_dense(weight),
+        None if residual is None else as_nhwc(residual), contiguous(row_scale), scale, stride,
+        norm.eps,
     )  # fmt: skip
     update_stats(norm, mean, var, x.numel() // x.shape[1])
     return y
@@ -222,32 +222,15 @@ def as_nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def as_dense(weight: Tensor) -> Tensor:
     """weight, dense: its gradient comes laid out as it is."""
     if weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     return weight.contiguous()
-
-
-def _native(
-    x: Tensor,
-    norm: Norm,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    scale: float,
-    row_scale: Tensor | None,
-) -> Tensor:
-    """The CPU's path: PyTorch's own layers."""
-    a = norm_relu(x, norm)
-    y = F.conv2d(a, weight.to(x.dtype), None, stride, weight.shape[2] // 2)
-    if row_scale is not None:
-        y = y * (scale * row_scale)[:, None, None, None].to(y.dtype)
-    elif residual is not None:
-        return torch.add(residual, y, alpha=scale)
-    elif scale != 1:
-        y = y * scale
-    return y if residual is None else y + residual
 
 
 class NormReLUConv2d(nn.Module):

@@ -20,7 +20,7 @@ from fastres.ops._norm_relu_conv2d_check import check_unit
 from fastres.ops._register import kernels, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
-from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc
+from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc, contiguous
 
 
 class BatchMoments(NamedTuple):
@@ -329,10 +329,10 @@ def preact_unit(
     partial, chunk = (None, 0) if moments is None else moments
     weights = [None if w is None else as_dense(w) for w in (weight1, weight2, shortcut_weight)]
     y, y_partial, h, mean1, var1, mean2, var2 = torch.ops.fastres.preact_unit.default(
-        as_nhwc(x), partial, chunk, index, position,
-        mean1, var1, norm1.weight, norm1.bias, weights[0],
-        mean2, var2, norm2.weight, norm2.bias, weights[1], weights[2],
-        row_scale, scale, stride, norm1.eps, norm2.eps, with_moments, [*kept],
+        as_nhwc(x), partial, chunk, contiguous(index), contiguous(position),
+        mean1, var1, *norm1.affine, weights[0],
+        mean2, var2, *norm2.affine, weights[1], weights[2],
+        contiguous(row_scale), scale, stride, norm1.eps, norm2.eps, with_moments, [*kept],
     )  # fmt: skip
     seen = x if index is None or shortcut_weight is not None else index
     update_stats(norm1, mean1, var1, seen.shape[0] * x.shape[2] * x.shape[3])

@@ -93,6 +93,11 @@ class PreActUnit(nn.Module):
             and all(serves(c) for c in convs)
             and (shortcut is None or isinstance(shortcut, nn.Conv2d | PadShortcut))
         )
+        # Shortcut A as the projection that it is: the identity on the channels that there were.
+        self.identity: Tensor | None
+        pads = self.whole and isinstance(shortcut, PadShortcut)
+        eye = torch.eye(out_channels, in_channels)[:, :, None, None] if pads else None
+        self.register_buffer("identity", eye, persistent=False)
 
     def forward(
         self, x: Tensor, moments: BatchMoments | None = None, with_moments: bool = False
@@ -135,7 +140,7 @@ class PreActUnit(nn.Module):
                 options |= {"row_scale": scale.view(N)}
         return preact_unit(
             x, Norm.of(self.bn1), self.conv1.weight, Norm.of(self.bn2), self.conv2.weight,
-            self._shortcut_weight(x), self.conv1.stride[0], moments=moments,
+            self._shortcut_weight(), self.conv1.stride[0], moments=moments,
             with_moments=with_moments, **options,
         )  # fmt: skip
 
@@ -147,15 +152,10 @@ class PreActUnit(nn.Module):
             kept[2] = kept_channels(self.shortcut)
         return kept if min(kept) < K else None
 
-    def _shortcut_weight(self, x: Tensor) -> Tensor | None:
+    def _shortcut_weight(self) -> Tensor | None:
         if isinstance(self.shortcut, nn.Conv2d):
             return self.shortcut.weight
-        if self.shortcut is None:
-            return None
-        # Shortcut A as the projection that it is: the identity on the channels that there were.
-        sizes = self.conv1.out_channels, self.conv1.in_channels
-        eye = torch.eye(*sizes, dtype=self.conv1.weight.dtype, device=x.device)
-        return eye[:, :, None, None]
+        return None if self.identity is None else self.identity.to(self.conv1.weight.dtype)
 
     def _dropped(
         self, x: Tensor, moments: BatchMoments | None

@@ -212,6 +212,22 @@ def test_two_runs_are_bitwise_the_same(device: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("picked", "row_scale"), [(0.7, False), (None, True)])
+def test_vectors_that_do_not_lie_dense(device: str, picked: float | None, row_scale: bool) -> None:
+    """Weights, biases, index, position and row_scale are read by their strides."""
+    case = Case(shape=(3, 16, 4, 5), picked=picked, row_scale=row_scale)
+    dense = tensors(case, device)
+    strided = {
+        name: v.repeat_interleave(2)[::2]
+        if v is not None and v.dim() == 1 and name not in RUNNING
+        else v
+        for name, v in dense.items()
+    }
+    with small_tiles():
+        want, got = (run(preact_unit, case, t, fused=True) for t in (dense, strided))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics(path: str, device: str, momentum: float | None) -> None:
     """Two batches, with the counters of batches: as torch.nn.BatchNorm2d tracks them."""
