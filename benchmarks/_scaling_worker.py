@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
 from config import Config  # noqa: E402  # found by the line above
 from trainer import Trainer, set_precision_and_determinism  # noqa: E402  # as above
-from workers import Workers, usable_cpus  # noqa: E402  # as above
+from workers import Workers, end_process, usable_cpus  # noqa: E402  # as above
 
 from fastres.data import ImageSet, Splits, split, synthetic  # noqa: E402  # as above
 
@@ -362,3 +362,4 @@ def work(rank: int, processes: int, run: Run, port: int, parts: list[Part], out:
         if bench.gpu:
             torch.cuda.empty_cache()
     workers.leave()
+    end_process(0, processes)

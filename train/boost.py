@@ -22,7 +22,7 @@ from errors import TrainError
 from growth import Growth
 from records import Progress, Record
 from trainer import Trainer, set_precision_and_determinism
-from workers import Workers
+from workers import Workers, end_process
 
 from fastres.models import ResNet
 
@@ -204,4 +204,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from config import C, Config, parse
 from errors import LoneError, TrainError
 from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, fused_ops, set_precision_and_determinism
-from workers import Workers
+from workers import Workers, end_process
 
 from fastres.data import Splits, cifar10, folder, split, synthetic
 
@@ -373,4 +373,4 @@ def fail(error: TrainError, leads: bool, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -2,9 +2,10 @@
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,22 @@ def usable_cpus() -> int:
     """Cores that this process may run on; macOS does not tell, and there it is all of them."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def end_process(status: int, world_size: int | None = None) -> NoReturn:
+    """The last call of a program that may be one of several processes: exit with a status.
+
+    Where DistributedDataParallel was, gloo's threads outlive the process group, and one that lets
+    go of a tensor while Python closes down aborts the process (pytorch/pytorch#190489). So among
+    several, Python is not closed down. world_size: torchrun's unless given.
+    """
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def count_gpus(device: str) -> int:

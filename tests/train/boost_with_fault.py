@@ -12,7 +12,7 @@ import boost
 import torch
 from boost_config import BoostConfig
 from growth import Growth
-from workers import Workers
+from workers import Workers, end_process
 
 from fastres.boost import FeatureCache
 
@@ -47,4 +47,4 @@ def none(rank: int) -> None:
 
 if __name__ == "__main__":
     {"full": full_disk, "torn": torn_disk, "none": none}[sys.argv[1]](int(os.environ["RANK"]))
-    sys.exit(boost.main(sys.argv[2:]))
+    end_process(boost.main(sys.argv[2:]))

@@ -8,7 +8,7 @@ import sys
 
 from config import parse
 from main import train
-from workers import Workers
+from workers import Workers, end_process
 
 
 def main() -> None:
@@ -22,3 +22,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -276,7 +276,7 @@ from main import load_data
 from nvtx_log import NvtxLog
 from profiling import Profile
 from trainer import Trainer
-from workers import Workers
+from workers import Workers, end_process
 
 config, out = parse(sys.argv[2:]), Path(sys.argv[1])
 workers, nvtx, states = Workers.join("cpu"), NvtxLog(), []
@@ -294,6 +294,7 @@ for profiled in (False, True):
 same = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 (out / f"{workers.rank}.json").write_text(json.dumps({"same": same, "calls": nvtx.calls}))
 workers.leave()
+end_process(0)
 """
 
 
