@@ -133,7 +133,7 @@ def _boost_steps(depth: int) -> Callable[[list[Row]], str | None]:
         words = []
         for key, unit, per in (("median_ms", "ms", 1), ("peak_memory_bytes", "MB", 1e6)):
             least, most = (f(row[key] for row in units) / per for f in (min, max))
-            words.append(f"{least:.3g} to {most:.3g} {unit} of {whole[key] / per:.3g}")
+            words.append(f"{least:,.3g} to {most:,.3g} {unit} of {whole[key] / per:,.0f}")
         return f"{' and '.join(words)} ({_spread(whole)})"
 
     return figure
