@@ -23,7 +23,7 @@ from fastres.kernels import (
     stochastic_depth_add,
     unscale,
 )
-from fastres.kernels._launch import Launch, configure_for, record
+from fastres.kernels._launch import Launch, configure_for, family_of, record
 from fastres.kernels.norm_relu_conv2d import batch_moments
 
 # In the order in which a binary that several dtypes share finds its name.
@@ -333,7 +333,8 @@ def configurations(op: str, dtype: str, family: str) -> dict[str, Variant]:
 
 
 def _family(target: str) -> str:
-    return _aot.TARGETS[target].backend
+    about = _aot.TARGETS[target]
+    return about.backend if about.backend == "hip" else family_of(about.arch // 10)
 
 
 def launch_of(task: Task) -> Launch:

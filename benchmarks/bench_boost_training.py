@@ -73,7 +73,7 @@ class Comparison:
         common = ["--fused", "--schedule", "cosine", "--device", args.device.type]
         data = ["--dataset", "synthetic"]
         if args.folder:
-            data = ["--dataset", "folder", "--data-dir", str(args.folder.resolve())]
+            data = ["--dataset", "folder", "--data-dir", str(args.folder.absolute())]
         boost = parse_boost([*common, *data, *(_SMALL if args.small else []), *args.boost])
         # Not its epochs, which the time decides, nor what a growth has by a default of its own.
         names = {field.name for field in dataclasses.fields(Config)} - {"epochs", "zero_init"}

@@ -23,9 +23,8 @@ MAX_CHUNKS = 256
 BLOCK_M = 128
 BLOCK_C = 64
 BLOCK_P = 64
-# Bytes of a weight's block that a program keeps for all of its tiles: in shared memory, or on AMD,
-# where a product's factors come from registers, in these.
-MAX_WEIGHT_BYTES = {"cuda": 80_000, "hip": 5_000}
+# Bytes of a weight's block that a program keeps for all of its tiles; by family, see there.
+MAX_WEIGHT_BYTES = {"wgmma": 80_000, "mma": 80_000, "hip": 5_000}
 
 
 @triton.jit
@@ -144,15 +143,20 @@ class Blocks:
 
 def blocks_of(inner: int, outer: int, taps: int, dtype: torch.dtype) -> Blocks:
     """For products over `inner` channels to `outer` ones. Not tuned on a GPU yet."""
-    single = dtype == torch.float32
     # fp32 is multiplied without tensor cores, and takes twice the registers.
-    most = BLOCK_C // 2 if single else BLOCK_C
+    most = BLOCK_C // 2 if dtype == torch.float32 else BLOCK_C
     inner_block, outer_block = block_of(inner, most), block_of(outer, most)
-    wide = max(inner_block, outer_block) > 32
+    if inner > inner_block:
+        # Coefficients of every block are loaded anew, and live beside the products.
+        inner_block = most // 2
+    widest = max(inner_block, outer_block)
     nbytes = taps * taps * inner_block * outer_block * dtype.itemsize
     keeps = inner <= inner_block and nbytes <= MAX_WEIGHT_BYTES[family()]
-    rows = BLOCK_M // 2 if inner > inner_block else rows_of(dtype)
-    return Blocks(inner_block, outer_block, rows, keeps, 8 if wide else 4)
+    rows = rows_of(dtype) if widest <= 16 else rows_of(dtype) // 2
+    if widest == BLOCK_C and family() == "mma":
+        # A kept weight lies in registers: the warps then share its columns, not the pixels.
+        rows //= 2
+    return Blocks(inner_block, outer_block, rows, keeps, 8 if widest == most else 4)
 
 
 def merges(C: int, dtype: torch.dtype) -> bool:

@@ -1,5 +1,6 @@
 """The one door through which every kernel is launched."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,15 +22,33 @@ class Launch:
     constexprs: dict[str, Any]
 
 
-# Whose device launches are configured for where none runs them; None: that of this PyTorch.
+# Whose device launches are configured for where none runs them; None: that of this machine.
 _family: str | None = None
 _recorder: Callable[[Launch], None] | None = None
 _watcher: Callable[[Launch], AbstractContextManager[None]] | None = None
 
 
 def family() -> str:
-    """ "cuda" or "hip": what a kernel's configuration goes by."""
-    return _family or ("hip" if torch.version.hip else "cuda")
+    """What a kernel's configuration goes by: where tensor cores take the factors of a product from.
+
+    "wgmma": from shared memory, on NVIDIA's Hopper and Blackwell of data centres; "mma": from
+    registers, on its others; "hip": from registers, on AMD. Of a machine without a GPU "wgmma".
+    """
+    return _family or _of_machine()
+
+
+@functools.cache
+def _of_machine() -> str:
+    if torch.version.hip:
+        return "hip"
+    if not torch.cuda.is_available():
+        return "wgmma"
+    return family_of(torch.cuda.get_device_capability()[0])
+
+
+def family_of(major: int) -> str:
+    """Of an NVIDIA GPU of compute capability major.x."""
+    return "wgmma" if major in (9, 10) else "mma"
 
 
 @contextmanager

@@ -30,16 +30,27 @@ PROGRAM = "boost.py"
 
 
 class Refinement(Trainer):
-    """The grown network before the first epoch of its training end to end."""
+    """The grown network before the first epoch of its training end to end.
 
-    def __init__(self, growth: Growth) -> None:
-        self._weights = growth.network().state_dict()
+    share: of its weights in the model's; the rest is that of a network newly made, as in shrink and
+    perturb (Ash and Adams 2020, arXiv:1910.08475).
+    """
+
+    def __init__(self, growth: Growth, share: float) -> None:
+        self._weights, self._share = growth.network().state_dict(), share
         config = growth.config.of_refinement(growth.units)
         super().__init__(config, growth.workers, growth.data)
 
     def make_model(self) -> ResNet:
         model = super().make_model()
-        model.load_state_dict(self._weights)
+        new = model.state_dict()
+        model.load_state_dict(
+            {
+                name: grown if not grown.is_floating_point() or self._share == 1
+                else new[name].lerp(grown.to(new[name]), self._share)
+                for name, grown in self._weights.items()
+            }
+        )  # fmt: skip
         return model
 
 
@@ -144,19 +155,23 @@ def grow(config: BoostConfig, workers: Workers) -> Record:
 
 
 def hand_over(config: BoostConfig, growth: Growth, workers: Workers) -> Record:
-    """The grown network's accuracies; it is left where train/main.py's run goes on from it."""
+    """The grown network's accuracies; what --refine-share leaves of it is where train/main.py's run
+    goes on from."""
     growth.frozen.cache = None
-    trainer = Refinement(growth)
+    accuracies = Refinement(growth, 1.0).accuracies()
+    if not config.refine:
+        return accuracies
+    trainer = Refinement(growth, config.refine_share)
 
     def first_checkpoint() -> None:
         out = trainer.config.out_dir
-        if workers.leads and config.refine:
+        if workers.leads:
             records.make_out(out)
             if not (out / checkpoint.NAME).exists():
                 training.save_checkpoint(trainer.config, trainer)
 
     workers.together(first_checkpoint)
-    return trainer.accuracies()
+    return accuracies
 
 
 def finish(config: BoostConfig, workers: Workers, summary: Record, started: float) -> None:

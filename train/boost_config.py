@@ -35,6 +35,9 @@ class BoostConfig(Config):
     """--no-refine ends with the growth."""
     refine_lr: float | None = None
     """Learning rate of the training end to end, in the units of --lr (--lr)."""
+    refine_share: float = 0.25
+    """Of the grown weights in those that the training end to end begins with; the rest is a new
+    network's. With all of them, 1, what a growth knows by heart of its training images stays."""
     zero_init: bool = True
     """Each unit begins as its shortcut: from the classifier that was before it."""
 
@@ -65,6 +68,7 @@ class BoostConfig(Config):
             need(getattr(self, name) == value, name, wants)
         need(self.unit_epochs >= 1, "unit_epochs", "1 or more")
         need(-1 <= self.min_gamma < 1, "min_gamma", "-1 or more, under 1")
+        need(0 <= self.refine_share <= 1, "refine_share", "between 0 and 1")
         lr = self.refine_lr
         need(lr is None or 0 < lr < float("inf"), "refine_lr", "a positive number")
         need(0 <= self.cache_device_gb < float("inf"), "cache_device_gb", "0 or more")

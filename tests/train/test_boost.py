@@ -12,6 +12,7 @@ import unit_trainer
 from PIL import Image
 from train.tiny_growths import TINY, grow, growth_of, lines, silent
 from train.tiny_runs import same, weights_of
+from trainer import Trainer
 from unit_trainer import UnitTrainer
 
 from fastres.boost import (
@@ -92,8 +93,10 @@ def test_resuming_a_finished_run_trains_nothing_more(
     assert (grown / "metrics.jsonl").read_text() == before[1]
 
 
-def test_refinement_begins_with_the_grown_network(grown: Path, tmp_path: Path) -> None:
-    """Bitwise, in the usual program's own checkpoint."""
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
+def test_refinement_begins_with_a_share_of_the_grown_weights(share: float, tmp_path: Path) -> None:
+    """Bitwise, in the usual program's own checkpoint; the rest is a new network's."""
+    flags = ["--refine-share", str(share)]
     save = checkpoint.save
 
     def stops(path: Path, state: dict[str, Any]) -> None:
@@ -103,11 +106,19 @@ def test_refinement_begins_with_the_grown_network(grown: Path, tmp_path: Path) -
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save", stops)
-        boost.main([*TINY, "--out", str(tmp_path)])
-    state = checkpoint.load(tmp_path / "refined" / "checkpoint.pt")
-    assert state["epoch"] == 0 and same(state["model"], weights_of(tmp_path))
-    grow(tmp_path)
-    assert same(weights_of(tmp_path / "refined"), weights_of(grown / "refined"))
+        boost.main([*TINY, *flags, "--out", str(tmp_path / "cut")])
+    state = checkpoint.load(tmp_path / "cut" / "refined" / "checkpoint.pt")
+    growth = growth_of(*flags)
+    new = Trainer(growth.config.of_refinement(3), growth.workers, growth.data).model.state_dict()
+    want = {
+        name: new[name].lerp(w, share) if w.is_floating_point() else w
+        for name, w in weights_of(tmp_path / "cut").items()
+    }
+    assert state["epoch"] == 0 and same(state["model"], want)
+    assert share < 1 or same(state["model"], weights_of(tmp_path / "cut"))
+    for name in ("cut", "whole"):
+        grow(tmp_path / name, *flags)
+    assert same(weights_of(tmp_path / "cut/refined"), weights_of(tmp_path / "whole/refined"))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def fails(
         (["--units", "4"], ["--units 4", "1 to 3", "--depth 8"]),
         (["--min-gamma", "1"], ["--min-gamma 1.0"]),
         (["--refine-lr", "0"], ["--refine-lr 0.0", "positive"]),
+        (["--refine-share", "1.5"], ["--refine-share 1.5", "between 0 and 1"]),
         (["--cache-host-gb", "-1"], ["--cache-host-gb -1.0"]),
         (["--cache-dir", "x", "--features", "fresh"], ["--cache-dir x", "cached"]),
         (["--boost-loss", "mse"], ["--boost-loss", "cost"]),
