@@ -41,8 +41,8 @@ def _dgrad_tap(
     inside = ok & (at_y >= 0) & (at_y < OH) & (at_x >= 0) & (at_x < OW)
     at = (g_samples + (at_y * OW + at_x) * K)[:, None] + k[None, :]
     g = conv_gradient(
-        g_base, h_base, row_scale_ptr, samples, at, inside, scale,
-        h_mean, h_scale, mean_dz, slope, k_ok, TRAINING,
+        g_base, h_base, row_scale_ptr, samples, at, inside[:, None] & k_ok[None, :], scale,
+        h_mean, h_scale, mean_dz, slope, TRAINING,
     )  # fmt: skip
     return product(operand(g, DTYPE), weight, acc)
 

@@ -48,13 +48,12 @@ def lazy_norm(
 @triton.jit
 def conv_gradient(
     g_base, h_base, row_scale_ptr, samples, at, ok, scale,
-    h_mean, h_scale, mean_dz, slope, k_ok, TRAINING: tl.constexpr,
+    h_mean, h_scale, mean_dz, slope, TRAINING: tl.constexpr,
 ):  # fmt: skip
-    """g [BLOCK_M, BLOCK_K] in fp32 at element offsets `at`, 0 where not ok.
+    """g [BLOCK_M, BLOCK_K] in fp32 at element offsets `at`, 0 where not ok, both of g's shape.
 
     With h_base from dz at g_base; else scale (times row_scale[samples]) * dy.
     """
-    ok = ok[:, None] & k_ok[None, :]
     g = tl.load(g_base + at, mask=ok, other=0.0).to(tl.float32)
     if h_base is not None:
         if TRAINING:

@@ -51,9 +51,10 @@ def _norm_relu_conv2d_sums_kernel(
         samples = tl.where(ok, first + n, -1)
         if g_index_ptr is not None:
             samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
+        g_ok = (ok & (samples >= 0))[:, None] & k_ok[None, :]
         g = conv_gradient(
             g_base, h_base, row_scale_ptr, samples, (g_samples + s * K)[:, None] + k[None, :],
-            ok & (samples >= 0), scale, h_mean, h_scale, mean_dz, slope, k_ok, TRAINING,
+            g_ok, scale, h_mean, h_scale, mean_dz, slope, TRAINING,
         )  # fmt: skip
         total += tl.sum(tl.abs(operand(g, g_ptr.dtype.element_ty).to(tl.float32)), 0)
     tl.store(partial_ptr + pid * K + k, total, mask=k_ok)

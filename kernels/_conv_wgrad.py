@@ -87,9 +87,10 @@ def _norm_relu_conv2d_wgrad_kernel(
         if g_index_ptr is not None:
             samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
         at = (g_samples + (out_y * OW + out_x) * K)[:, None] + k[None, :]
+        g_ok = (ok & (samples >= 0))[:, None] & k_ok[None, :]
         g = conv_gradient(
-            g_base, h_base, row_scale_ptr, samples, at, ok & (samples >= 0), scale,
-            h_mean, h_scale, mean_dz, slope, k_ok, TRAINING,
+            g_base, h_base, row_scale_ptr, samples, at, g_ok, scale,
+            h_mean, h_scale, mean_dz, slope, TRAINING,
         )  # fmt: skip
         x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)

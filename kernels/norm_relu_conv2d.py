@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from ._conv import as_nhwc, conv2d_shape, empty_nhwc, merges
-from ._conv_dgrad import conv_dgrad
+from ._conv_backward import chunks, conv_backward
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward
 from ._conv_gradient import Input, Norm, Output
-from ._conv_wgrad import conv_wgrad, slab_chunks
 from ._moments import Moments, Stats, moments, stats_of
 from ._tiles import as_rows, tiling
 
@@ -111,12 +110,11 @@ def norm_relu_conv2d_bwd(
     N, C, H, W = x.shape
     norm = Norm(Stats(mean, var, rows=N * H * W), norm_weight, norm_bias, eps, training)
     into, out = Input(x, None, norm), Output(as_nhwc(dy), scale=scale, row_scale=row_scale)
-    P = slab_chunks(weight, dy.numel() // dy.shape[1], x.dtype)
+    P = chunks(weight, stride, out.inner, dy.numel() // dy.shape[1], x.dtype)
     slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
     dweight = torch.empty_like(weight)
     dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
-    dz, sums = conv_dgrad(into, out, weight, stride, N)
-    conv_wgrad(into, out, weight, stride, N, slab, 0)
+    dz, sums = conv_backward(into, out, weight, stride, N, slab, 0)
     dx = conv_dx(None, dz, None, x, norm, sums, dnorm[0], dnorm[1], slab, dweight)
     dnorm_weight, dnorm_bias = or_empty(x, *dnorm)
     return dx, dnorm_weight, dnorm_bias, dweight

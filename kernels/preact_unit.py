@@ -1,4 +1,4 @@
-"""The pre-activation residual unit, forward in two kernels and backward in five.
+"""The pre-activation residual unit, forward in two kernels and backward in three or five.
 
     h = conv1(relu(norm1(x))),   y = shortcut + scale * conv2(relu(norm2(h)))
 
@@ -14,12 +14,13 @@ import functools
 import torch
 
 from ._conv import as_nhwc, blocks_of, conv2d_shape, empty_nhwc, merges, pixels
+from ._conv_backward import chunks, conv_backward
 from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward, conv_pixels
 from ._conv_gradient import Input, Norm, Output
 from ._conv_select import select
-from ._conv_wgrad import conv_wgrad, slab_chunks
+from ._conv_wgrad import conv_wgrad
 from ._moments import Moments, Stats, stats_of
 from .norm_relu_conv2d import (
     batch_stats,
@@ -173,21 +174,20 @@ def preact_unit_bwd(
     dnorm = [empty_like_or_none(p) for p in (*norm1, *norm2)]
     sizes = [w.numel() for w in (weight1, weight2, shortcut_weight) if w is not None]
     dweight = weight1.new_empty(sum(sizes))
-    P = slab_chunks(weight2, dy.numel() // dy.shape[1], x.dtype)
+    P = chunks(weight2, 1, kept[1], dy.numel() // dy.shape[1], x.dtype)
     slab = dweight.new_empty(P, dweight.numel(), dtype=torch.float32)
 
     into2 = Input(h, None, second)
     out2 = select(Output(dy, index, scale, row_scale), kept[1], branch)
-    dz2, sums2 = conv_dgrad(into2, out2, weight2, 1, branch)
-    conv_wgrad(into2, out2, weight2, 1, branch, slab, sizes[0])
+    dz2, sums2 = conv_backward(into2, out2, weight2, 1, branch, slab, sizes[0])
     into1 = Input(x, index, first)
     out1 = Output(dz2, norm=second, h=h, sums=sums2, dweight=dnorm[2], dbias=dnorm[3])
     out1 = select(out1, kept[0], branch)
-    conv_wgrad(into1, out1, weight1, stride, branch, slab, 0)
     if shortcut_weight is None:
-        dz1, sums1 = conv_dgrad(into1, out1, weight1, stride, branch)
+        dz1, sums1 = conv_backward(into1, out1, weight1, stride, branch, slab, 0)
         shortcut, dz_index = dy, position
     else:
+        conv_wgrad(into1, out1, weight1, stride, branch, slab, 0)
         whole, direct = Input(x, None, first), select(Output(dy), kept[2], N)
         conv_wgrad(whole, direct, shortcut_weight, stride, N, slab, sizes[0] + sizes[1])
         out1 = dataclasses.replace(out1, index=position)

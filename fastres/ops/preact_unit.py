@@ -280,7 +280,7 @@ def preact_unit(
     moments: BatchMoments | None = None,
     with_moments: bool = False,
 ) -> tuple[Tensor, BatchMoments | None]:
-    """A pre-activation residual unit: two kernels forward and five backward on a GPU.
+    """A pre-activation residual unit: two kernels forward and three or five backward on a GPU.
 
     h = conv1(relu(norm1(x))),   y = shortcut + scale * row_scale * conv2(relu(norm2(h)))
 

@@ -330,21 +330,30 @@ def check(case: Case, device: str, op: Callable[..., Tensor] = norm_relu_conv2d)
     compare(case, got, want, noisy, peer, want_peer, copied=("dresidual",))
 
 
+# In which one kernel leaves both gradients of a convolution, in fp32, too: there what it may be off
+# by is least.
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 @contextmanager
 def few_programs() -> Iterator[None]:
     """Tiles of their true size, but one program for the sums of many a weight's gradient."""
-    with _limited({"_conv_dx": {"BLOCK": 2048}}):
+    fused = {"FUSED_DTYPES": _FUSED_DTYPES}
+    with _limited({"_conv_dx": {"BLOCK": 2048}, "_conv_backward": fused}):
         yield
 
 
 @contextmanager
-def small_tiles() -> Iterator[None]:
+def small_tiles(fuses: bool = True) -> Iterator[None]:
     """Tiles and limits so small that some hundred pixels make several of everything.
+
+    fuses: whether one kernel leaves both gradients of a convolution where it can.
 
     A chunk is then several tiles, there are more partials than one BLOCK_P, and in fp32 more than
     one block of 16 channels on either side of a product.
     """
     shared = {"BLOCK_P": 2}
+    fused = {"FUSED_DTYPES": _FUSED_DTYPES if fuses else ()}
     with _limited(
         {
             "_conv": {"BLOCK_M": 64, "MAX_CHUNKS": 3, "BLOCK_C": 32} | shared,
@@ -352,6 +361,7 @@ def small_tiles() -> Iterator[None]:
             "_conv_dgrad": shared,
             "_conv_wgrad": {"PROGRAMS": 9, "BLOCK_C": 16} | shared,
             "_conv_dx": {"BLOCK_C": 16, "BLOCK": 2048} | shared,
+            "_conv_backward": {"BLOCK_M": 32, "WARPS": 16} | fused | shared,
             "_conv_select": shared,
             "_moments": {"MAX_CHUNKS": 3, "MERGE_BLOCK_C": 16} | shared,
             "_tiles": {"TILE": 512, "MAX_PROGRAMS": 4},
@@ -361,7 +371,7 @@ def small_tiles() -> Iterator[None]:
 
 
 @contextmanager
-def _limited(limits: dict[str, dict[str, int]]) -> Iterator[None]:
+def _limited(limits: dict[str, dict[str, Any]]) -> Iterator[None]:
     package = _register._import_kernels("preact_unit").__package__
     with ExitStack() as stack:
         for module, values in limits.items():

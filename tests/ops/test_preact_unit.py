@@ -78,13 +78,14 @@ def test_equals_the_reference(device: str, dtypes: list[torch.dtype], data: st.D
 
 @pytest.mark.parametrize("project", [False, True], ids=["identity", "projection"])
 @pytest.mark.parametrize("picked", [None, 0.6], ids=["all", "subset"])
+@pytest.mark.parametrize("fuses", [True, False], ids=["fused", "split"])
 def test_several_tiles_chunks_partials_and_blocks(
-    device: str, picked: float | None, project: bool
+    device: str, fuses: bool, picked: float | None, project: bool
 ) -> None:
     case = Case(shape=(4, 32, 6, 5), K=32, picked=picked, values="large_mean", moments=True)
     if project:
         case = dataclasses.replace(case, shape=(4, 16, 9, 8), stride=2, project=True)
-    with small_tiles():
+    with small_tiles(fuses):
         check(case, device)
         half = dataclasses.replace(case, dtype=torch.float16, values="normal", scale=1.5)
         check(dataclasses.replace(half, row_scale=picked is None), device)

@@ -271,6 +271,71 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
         Case(shape=(2, 16, 2, 2), training=(True, False)),
     ),
 }
+# Of the kernel that leaves both gradients of a convolution.
+_BOTH = "_conv_backward"
+MUTANTS |= {
+    "both gradients' row of taps meets the wrong row of pixels": (
+        _BOTH,
+        "samples, at + W * K,",
+        "samples, at,",
+        CONV,
+    ),
+    "both gradients reach past the row's end": (_BOTH, "& (g_x >= 0) & (g_x < W)", "", CONV),
+    "both gradients' taps are in reverse": (
+        _BOTH,
+        "k * weight_stride_k + (2 - j) * weight_stride_w",
+        "k * weight_stride_k + (j % 3) * weight_stride_w",
+        CONV,
+    ),
+    "both gradients: the mask forgets the bias": (
+        _BOTH,
+        "kept = passes(z) & mc_ok",
+        "kept = passes(v * z_scale[None, :]) & mc_ok",
+        CONV,
+    ),
+    "both gradients: the weight's is of what ReLU stopped": (
+        _BOTH,
+        "operand(tl.where(kept, z, 0.0), dtype)",
+        "operand(tl.where(mc_ok, z, 0.0), dtype)",
+        CONV,
+    ),
+    "both gradients: the weight's is the last tile's alone": (
+        _BOTH,
+        "product(a, g, dweight)",
+        "product(a, g, tl.zeros_like(dweight))",
+        CONV_TILES,
+    ),
+    "both gradients: the weight's rows of taps are exchanged": (
+        _BOTH,
+        "tl.store(slab_ptrs + weight_stride_h, dweight1, mask=slab_ok)",
+        "tl.store(slab_ptrs + weight_stride_h, dweight0, mask=slab_ok)",
+        CONV,
+    ),
+    "both gradients: the sum is of dz * z": (
+        _BOTH,
+        "tl.where(mc_ok, dz * v, 0.0)",
+        "tl.where(mc_ok, dz * z, 0.0)",
+        CONV,
+    ),
+    "both gradients forget row_scale": (
+        _BOTH,
+        "out.dweight, out.dbias, out.row_scale, weight,",
+        "out.dweight, out.dbias, None, weight,",
+        CONV,
+    ),
+    "both gradients take dy's first samples": (
+        _BOTH,
+        "samples_at(g_ptr, g_index_ptr, first, n, ok, H * W * K)",
+        "samples_at(g_ptr, None, first, n, ok, H * W * K)",
+        PICKED,
+    ),
+    "both gradients in evaluation are the training's": (
+        _BOTH,
+        "TRAINING=out.training",
+        "TRAINING=True",
+        Case(shape=(2, 16, 2, 2), training=(True, False)),
+    ),
+}
 
 
 def check(case: Case | Conv, device: str) -> None:
@@ -284,8 +349,8 @@ def test_an_unbroken_copy_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     kernel_mutants.take(tmp_path, monkeypatch, "preact_unit")
-    with small_tiles():
-        for case in dict.fromkeys(case for *_, case in MUTANTS.values()):
+    for case, both in dict.fromkeys((case, file == _BOTH) for file, *_, case in MUTANTS.values()):
+        with small_tiles(fuses=both):
             check(case, device)
 
 
@@ -294,5 +359,6 @@ def test_a_mutant_fails(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     kernel_mutants.take(tmp_path, monkeypatch, *MUTANTS[name][:3])
-    with small_tiles(), pytest.raises(AssertionError, match="is off"):
+    both = MUTANTS[name][0] == _BOTH
+    with small_tiles(fuses=both), pytest.raises(AssertionError, match="is off"):
         check(MUTANTS[name][3], device)

@@ -151,18 +151,27 @@ def test_exports_with_a_batch_of_any_size(path: str, device: str) -> None:
 
 _FWD, _DGRAD = "_norm_relu_conv2d_fwd_kernel", "_norm_relu_conv2d_dgrad_kernel"
 _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
+_BWD = "_norm_relu_conv2d_bwd_kernel"
 _SUMS, _ORDER = "_norm_relu_conv2d_sums_kernel", "_norm_relu_conv2d_order_kernel"
 # Two kernels forward, one more for the moments of x, and those of the running statistics; backward
-# five, and meProp two more for each convolution.
+# five, three where one leaves both gradients of a convolution, and meProp two more for each.
 FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_running_kernel", "_update_running_kernel"]
-BACKWARD = [_DGRAD, _WGRAD, _WGRAD, _DGRAD, _DX]
-MEPROP = [_SUMS, _ORDER, _DGRAD, _WGRAD, _SUMS, _ORDER, _WGRAD, _SUMS, _ORDER, _WGRAD, _DGRAD, _DX]
+FUSED = [_BWD, _BWD, _DX]
+SPLIT = [_WGRAD, _DGRAD, _WGRAD, _DGRAD, _DX]
+MEPROP = [_SUMS, _ORDER, _WGRAD, _DGRAD, _SUMS, _ORDER, _WGRAD, _SUMS, _ORDER, _WGRAD, _DGRAD, _DX]
+# By what is traced: whether there is a projection, whether meProp, the dtype, and the backward.
+TRACED: list[tuple[bool, bool, torch.dtype, list[str]]] = [
+    (False, False, torch.bfloat16, FUSED),
+    (False, False, torch.float32, SPLIT),
+    (True, True, torch.bfloat16, MEPROP),
+]
 # What each kernel writes; PyTorch finds it in the kernel's IR, and takes all else as only read.
 WRITTEN = {
     "_moments_kernel": {"partial_ptr"},
     "_update_running_kernel": {"running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr"},
     _FWD: {"y_ptr", "shortcut_ptr", "y_partial_ptr", "mean_ptr", "var_ptr"},
     _DGRAD: {"dz_ptr", "partial_ptr", "dh_weight_ptr", "dh_bias_ptr"},
+    _BWD: {"dz_ptr", "partial_ptr", "dh_weight_ptr", "dh_bias_ptr", "slab_ptr"},
     # Places in the slab and in order are found by way of others, which PyTorch takes for writes: it
     # copies K numbers, and K for each chunk.
     _WGRAD: {"slab_ptr", "order_ptr"},
@@ -197,7 +206,7 @@ def _kernels_of(graph: torch.fx.Graph) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _trace(shortcut: bool, meprop: bool) -> list[list[tuple[str, list[str]]]]:
+def _trace(shortcut: bool, meprop: bool, dtype: torch.dtype) -> list[list[tuple[str, list[str]]]]:
     """The kernels in the graphs of forward and backward, with symbolic sizes."""
     import triton
     from torch._dynamo.backends.common import aot_autograd
@@ -227,7 +236,7 @@ def _trace(shortcut: bool, meprop: bool) -> list[list[tuple[str, list[str]]]]:
         fullgraph=True,
         dynamic=True,
     )
-    x = torch.randn(4, 16, 8, 8).to(memory_format=NHWC).requires_grad_()
+    x = torch.randn(4, 16, 8, 8, dtype=dtype).to(memory_format=NHWC).requires_grad_()
     # Both graphs are there before the first kernel is launched, which fails for want of a GPU.
     try:
         compiled(x)
@@ -245,8 +254,8 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    plain, meprop = (json.loads(line) for line in done.stdout.splitlines()[-2:])
-    for graphs, backward in ((plain, BACKWARD), (meprop, MEPROP)):
+    traced = [json.loads(line) for line in done.stdout.splitlines()[-len(TRACED) :]]
+    for graphs, (*_, backward) in zip(traced, TRACED, strict=True):
         assert [[name for name, _ in graph] for graph in graphs] == [FORWARD, backward]
         for name, written in (launch for graph in graphs for launch in graph):
             assert written and set(written) <= WRITTEN[name], name
@@ -294,5 +303,5 @@ def test_past_2_to_the_31_elements(picked: bool) -> None:
 
 
 if __name__ == "__main__":
-    for kind in ((False, False), (True, True)):
-        print(json.dumps(_trace(*kind)))
+    for projects, meprop, dtype, _ in TRACED:
+        print(json.dumps(_trace(projects, meprop, dtype)))
