@@ -291,13 +291,13 @@ def _preact_unit_step(
     with _recorded_one_by_one(into, f"{name} fwd"):
         y, _, h, *_ = preact_unit.preact_unit_fwd(
             x, partial, chunk, index, position, given1, (c, c), weight1, given2, (k, k), weight2,
-            projection, row_scale, 2.0, stride, (1e-5, 1e-5), trains,
+            projection, row_scale, 2.0, stride, (1e-5, 1e-5), trains, ("", 1),
         )  # fmt: skip
     with _recorded_one_by_one(into, f"{name} bwd"):
         preact_unit.preact_unit_bwd(
             y, x, h, index, position, (c, c), (c, c), weight1, (k, k), (k, k), weight2,
             projection, row_scale, 2.0, stride, (1e-5, 1e-5), (trains, trains),
-            (kept_channels,) * 3,
+            (kept_channels,) * 3, ("", 1),
         )  # fmt: skip
 
 

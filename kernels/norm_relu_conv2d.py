@@ -14,6 +14,7 @@ from ._conv_backward import chunks, conv_backward
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward
 from ._conv_gradient import Input, Norm, Output
+from ._conv_group import Group, group_of, norm_sums, stats_of_all
 from ._moments import Moments, Stats, moments, stats_of
 from ._tiles import as_rows, tiling
 
@@ -27,9 +28,11 @@ def batch_moments(x: torch.Tensor, index: torch.Tensor | None = None) -> Moments
     return Moments(partial, chunk, tiles.M)
 
 
-def batch_stats(x: torch.Tensor, index: torch.Tensor | None = None) -> Stats:
-    """What a convolution of x, or of its samples index, normalises by in training."""
-    return stats_of(batch_moments(x, index), merges(x.shape[1], x.dtype))
+def batch_stats(moments: Moments, x: torch.Tensor, group: Group | None) -> Stats:
+    """What a convolution of x, whose moments these are, normalises by in training."""
+    if group is not None:
+        return stats_of_all(moments, group)
+    return stats_of(moments, merges(x.shape[1], x.dtype))
 
 
 def given_stats(mean: torch.Tensor | None, var: torch.Tensor | None, rows: int = 0) -> Stats | None:
@@ -66,13 +69,14 @@ def norm_relu_conv2d_fwd(
     scale: float,
     stride: int,
     eps: float,
+    group: tuple[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, and mean and var where they are the batch's, else two empty tensors.
 
-    Args: as conv_forward.
+    Args: as conv_forward; group: name and size of the ProcessGroup that the batch is of.
     """
     given = given_stats(running_mean, running_var)
-    stats = given or batch_stats(x)
+    stats = given or batch_stats(batch_moments(x), x, group_of(*group))
     y, _, _ = conv_forward(
         x, None, stats, norm_weight, norm_bias, weight, None, residual, row_scale, scale, stride,
         eps, False,
@@ -102,19 +106,22 @@ def norm_relu_conv2d_bwd(
     stride: int,
     eps: float,
     training: bool,
+    group: tuple[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, dnorm_weight and dnorm_bias, empty where there is none, and dweight, laid out as weight.
 
     dy: as the forward's y, any strides. The residual's gradient is dy itself.
     """
     N, C, H, W = x.shape
-    norm = Norm(Stats(mean, var, rows=N * H * W), norm_weight, norm_bias, eps, training)
+    rows, shared = group[1] * N * H * W, group_of(*group)
+    norm = Norm(Stats(mean, var, rows=rows), norm_weight, norm_bias, eps, training)
     into, out = Input(x, None, norm), Output(as_nhwc(dy), scale=scale, row_scale=row_scale)
     P = chunks(weight, stride, out.inner, dy.numel() // dy.shape[1], x.dtype)
     slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
     dweight = torch.empty_like(weight)
     dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
     dz, sums = conv_backward(into, out, weight, stride, N, slab, 0)
-    dx = conv_dx(None, dz, None, x, norm, sums, dnorm[0], dnorm[1], slab, dweight)
+    sums, written = norm_sums(sums, norm, dnorm, shared)
+    dx = conv_dx(None, dz, None, x, norm, sums, *written, slab, dweight)
     dnorm_weight, dnorm_bias = or_empty(x, *dnorm)
     return dx, dnorm_weight, dnorm_bias, dweight

@@ -13,16 +13,18 @@ import functools
 
 import torch
 
-from ._conv import as_nhwc, blocks_of, conv2d_shape, empty_nhwc, merges, pixels
+from ._conv import as_nhwc, blocks_of, conv2d_shape, empty_nhwc, pixels
 from ._conv_backward import chunks, conv_backward
 from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
 from ._conv_forward import conv_forward, conv_pixels
 from ._conv_gradient import Input, Norm, Output
+from ._conv_group import group_of, norm_sums
 from ._conv_select import select
 from ._conv_wgrad import conv_wgrad
-from ._moments import Moments, Stats, stats_of
+from ._moments import Moments, Stats
 from .norm_relu_conv2d import (
+    batch_moments,
     batch_stats,
     empty_like_or_none,
     given_stats,
@@ -83,6 +85,7 @@ def preact_unit_fwd(
     stride: int,
     eps: tuple[float, float],
     with_moments: bool,
+    group: tuple[str, int],
 ) -> tuple[torch.Tensor, ...]:
     """y, its moments' partial, h, and mean and var of norm1 and of norm2.
 
@@ -97,18 +100,19 @@ def preact_unit_fwd(
         norm1, norm2: weight and bias, [C] and [K], or None.
         weight1: [K, C, 3, 3]; weight2: [K, K, 3, 3]; shortcut_weight: [K, C, 1, 1] or None.
         row_scale: fp32 [N], a factor of scale for each sample, or None; not with an index.
+        group: name and size of the ProcessGroup whose samples the batch's statistics are of.
     """
+    shared = group_of(*group)
     given1, given2 = given_stats(*running1), given_stats(*running2)
     # Without a projection norm1 is of the branch alone, and sees what that sees.
     seen = index if shortcut_weight is None else None
     if given1 is not None:
         stats1 = given1
     elif partial is None or seen is not None:
-        stats1 = batch_stats(x, seen)
+        stats1 = batch_stats(batch_moments(x, seen), x, shared)
     else:
         rows = x.numel() // x.shape[1]
-        moments = Moments(partial, chunk or moments_chunk(x), rows)
-        stats1 = stats_of(moments, merges(x.shape[1], x.dtype))
+        stats1 = batch_stats(Moments(partial, chunk or moments_chunk(x), rows), x, shared)
     first = stats1
     beside = shortcut_weight if index is None else None
     shortcut: torch.Tensor | None = x
@@ -126,7 +130,7 @@ def preact_unit_fwd(
     stats2 = given2
     if stats2 is None:
         assert h_moments is not None
-        stats2 = stats_of(h_moments, merges(h.shape[1], h.dtype))
+        stats2 = batch_stats(h_moments, h, shared)
     y, _, y_moments = conv_forward(
         h, position, stats2, *norm2, weight2, None, shortcut, row_scale, scale, 1, eps[1],
         with_moments,
@@ -154,6 +158,7 @@ def preact_unit_bwd(
     eps: tuple[float, float],
     training: tuple[bool, bool],
     kept: tuple[int, int, int],
+    group: tuple[str, int],
 ) -> tuple[torch.Tensor, ...]:
     """dx, the gradients of norm1's weight and bias and of norm2's, and dweight.
 
@@ -164,13 +169,15 @@ def preact_unit_bwd(
         dy: as y, any strides; h, stats1, stats2: what the forward made, or was given.
         kept: of conv1, conv2 and the projection, the output channels by which meProp goes, those of
             largest sum |g|; K is all.
+        group: as in the forward.
     """
     dy = as_nhwc(dy)
     N, branch, S = x.shape[0], h.shape[0], x.shape[2] * x.shape[3]
     of_branch = index is not None and shortcut_weight is None
     rows1 = (branch if of_branch else N) * S
-    first = Norm(Stats(*stats1, rows=rows1), *norm1, eps[0], training[0])
-    second = Norm(Stats(*stats2, rows=h.numel() // h.shape[1]), *norm2, eps[1], training[1])
+    rows2, size, shared = h.numel() // h.shape[1], group[1], group_of(*group)
+    first = Norm(Stats(*stats1, rows=size * rows1), *norm1, eps[0], training[0])
+    second = Norm(Stats(*stats2, rows=size * rows2), *norm2, eps[1], training[1])
     dnorm = [empty_like_or_none(p) for p in (*norm1, *norm2)]
     sizes = [w.numel() for w in (weight1, weight2, shortcut_weight) if w is not None]
     dweight = weight1.new_empty(sum(sizes))
@@ -181,7 +188,8 @@ def preact_unit_bwd(
     out2 = select(Output(dy, index, scale, row_scale), kept[1], branch)
     dz2, sums2 = conv_backward(into2, out2, weight2, 1, branch, slab, sizes[0])
     into1 = Input(x, index, first)
-    out1 = Output(dz2, norm=second, h=h, sums=sums2, dweight=dnorm[2], dbias=dnorm[3])
+    sums2, (dweight2, dbias2) = norm_sums(sums2, second, dnorm[2:], shared)
+    out1 = Output(dz2, norm=second, h=h, sums=sums2, dweight=dweight2, dbias=dbias2)
     out1 = select(out1, kept[0], branch)
     if shortcut_weight is None:
         dz1, sums1 = conv_backward(into1, out1, weight1, stride, branch, slab, 0)
@@ -193,5 +201,6 @@ def preact_unit_bwd(
         out1 = dataclasses.replace(out1, index=position)
         dz1, sums1 = conv_dgrad(whole, out1, weight1, stride, N, direct, shortcut_weight)
         shortcut, dz_index = None, None
-    dx = conv_dx(shortcut, dz1, dz_index, x, first, sums1, dnorm[0], dnorm[1], slab, dweight)
+    sums1, written = norm_sums(sums1, first, dnorm[:2], shared)
+    dx = conv_dx(shortcut, dz1, dz_index, x, first, sums1, *written, slab, dweight)
     return dx, *or_empty(x, *dnorm), dweight

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastres.ops._batch_norm_check import check_batch_norm, check_values, check_vectors
@@ -166,6 +167,20 @@ def check_unit(
         check_values([samples, C, H, W], norm1.training, "norm1")
     of_h = [samples, K, (H - 1) // stride + 1, (W - 1) // stride + 1]
     check_norm(x, norm2, "norm2", of_h)
+
+
+def check_group(
+    x: Tensor, process_group: dist.ProcessGroup | None, trains: bool, takes: bool
+) -> tuple[str, int]:
+    """A process group's name and size, as ops take them; "" and 1 where no norm trains.
+
+    takes: whether kernels take x; raises ValueError where they do not.
+    """
+    if process_group is None or process_group.size() == 1 or not trains:
+        return "", 1
+    if not takes:
+        raise ValueError(f"process_group: its statistics are taken by kernels, got x on {x.device}")
+    return process_group.group_name, process_group.size()
 
 
 def check_subset(

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._autocast import autocast_dtype, autocasts, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
 from fastres.ops._norm_relu_conv2d_check import (
+    check_group,
     check_like,
     check_norm,
     check_row_scale,
@@ -59,14 +61,16 @@ def _forward(
     scale: float,
     stride: int,
     eps: float,
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean, var. Without running statistics normalises by the batch's, and returns them fp32.
 
-    x, residual: dense in NHWC.
+    x, residual: dense in NHWC. group: a ProcessGroup's name, of world_size processes, or "".
     """
     return kernels("norm_relu_conv2d", x).norm_relu_conv2d_fwd(
         x, running_mean, running_var, norm_weight, norm_bias, weight, residual, row_scale, scale,
-        stride, eps,
+        stride, eps, (group, world_size),
     )  # fmt: skip
 
 
@@ -83,6 +87,8 @@ def _(
     scale: float,
     stride: int,
     eps: float,
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return kernels("norm_relu_conv2d", x).empty_outputs(x, weight, stride, running_mean is None)
 
@@ -101,11 +107,14 @@ def _backward(
     stride: int,
     eps: float,
     training: bool,
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dnorm_weight, dnorm_bias, dweight; empty where there is no such parameter."""
     return kernels("norm_relu_conv2d", x).norm_relu_conv2d_bwd(
-        dy, x, norm_weight, norm_bias, mean, var, weight, row_scale, scale, stride, eps, training
-    )
+        dy, x, norm_weight, norm_bias, mean, var, weight, row_scale, scale, stride, eps, training,
+        (group, world_size),
+    )  # fmt: skip
 
 
 @_backward.register_fake
@@ -122,6 +131,8 @@ def _(
     stride: int,
     eps: float,
     training: bool,
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dweight, dbias = (
         x.new_empty(0) if p is None else torch.empty_like(p) for p in (norm_weight, norm_bias)
@@ -141,20 +152,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 @without_autocast
 def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 11
+        return (None,) * 13
     x, norm_weight, norm_bias, mean, var, weight, row_scale = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None,) * 4
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
     if any(wanted):
-        scale, stride, eps = ctx.numbers
+        scale, stride, eps, *group = ctx.numbers
         grads = torch.ops.fastres.norm_relu_conv2d_backward.default(
             dy, x, norm_weight, norm_bias, mean, var, weight, row_scale, scale, stride, eps,
-            ctx.training,
+            ctx.training, *group,
         )  # fmt: skip
         grads = tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
     dx, dnorm_weight, dnorm_bias, dweight = grads
     dresidual = dy if ctx.needs_input_grad[6] else None
-    return dx, None, None, dnorm_weight, dnorm_bias, dweight, dresidual, *(None,) * 4
+    return dx, None, None, dnorm_weight, dnorm_bias, dweight, dresidual, *(None,) * 6
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -168,6 +179,7 @@ def norm_relu_conv2d(
     stride: int = 1,
     scale: float = 1.0,
     row_scale: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Batch-normalise, apply ReLU, convolve, and add a residual, without a tensor in between.
 
@@ -185,12 +197,14 @@ def norm_relu_conv2d(
         stride: 1 or 2.
         scale: factor of the convolution.
         row_scale: fp32 [N], a factor more for each sample, or None.
+        process_group: whose processes' samples the batch's statistics are taken over, as
+            nn.SyncBatchNorm takes them; each has as many. None: this process's alone.
     Returns:
         [N, K, OH, OW] in x's dtype and channels_last, OH = (H - 1) // stride + 1; under autocast
         in its dtype. Arithmetic in fp32, but for the products' factors, which have x's dtype.
     Raises:
         ValueError: a shape, dtype or device that does not fit; one value per channel in training;
-            evaluation without running statistics.
+            evaluation without running statistics; a process_group on a CPU.
     Source: He et al. 2016, arXiv:1603.05027.
     """
     dtype = autocast_dtype(x)
@@ -204,6 +218,7 @@ def norm_relu_conv2d(
     height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
     check_like(x, "residual", residual, (x.shape[0], weight.shape[0], height, width))
     check_row_scale(x, row_scale)
+    group = check_group(x, process_group, norm.training, takes)
     if not takes or x.numel() == 0:
         return norm_relu_conv2d_reference(
             x, norm, weight, residual, stride, scale, row_scale, norm_relu
@@ -212,9 +227,9 @@ def norm_relu_conv2d(
     y, mean, var = torch.ops.fastres.norm_relu_conv2d.default(
         as_nhwc(x), mean, var, *norm.affine, as_dense(weight),
         None if residual is None else as_nhwc(residual), contiguous(row_scale), scale, stride,
-        norm.eps,
+        norm.eps, *group,
     )  # fmt: skip
-    update_stats(norm, mean, var, x.numel() // x.shape[1])
+    update_stats(norm, mean, var, group[1] * (x.numel() // x.shape[1]))
     return y
 
 

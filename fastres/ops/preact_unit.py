@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
-from fastres.ops._norm_relu_conv2d_check import check_unit
+from fastres.ops._norm_relu_conv2d_check import check_group, check_unit
 from fastres.ops._register import kernels, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
@@ -99,16 +100,19 @@ def _forward(
     eps2: float,
     with_moments: bool,
     kept: list[int],
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the partial of its moments, h, and mean and var of norm1 and of norm2, fp32.
 
     Empty are the partial without with_moments, and of a norm in evaluation what was given. kept: of
-    conv1, conv2 and the projection, how many output channels their backward goes by.
+    conv1, conv2 and the projection, how many output channels their backward goes by. group: a
+    ProcessGroup's name, of world_size processes, or "".
     """
     return kernels("preact_unit", x).preact_unit_fwd(
         x, partial, chunk, index, position, (mean1, var1), (norm1_weight, norm1_bias), weight1,
         (mean2, var2), (norm2_weight, norm2_bias), weight2, shortcut_weight, row_scale, scale,
-        stride, (eps1, eps2), with_moments,
+        stride, (eps1, eps2), with_moments, (group, world_size),
     )  # fmt: skip
 
 
@@ -137,6 +141,8 @@ def _(
     eps2: float,
     with_moments: bool,
     kept: list[int],
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return kernels("preact_unit", x).empty_outputs(
         x, index, mean1 is None, weight1, mean2 is None, weight2, stride, with_moments
@@ -169,12 +175,15 @@ def _backward(
     training1: bool,
     training2: bool,
     kept: list[int],
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, of norm1 dweight and dbias, of norm2 too, and the weights' gradients in one, flat."""
     return kernels("preact_unit", x).preact_unit_bwd(
         dy, x, h, index, position, (mean1, var1), (norm1_weight, norm1_bias), weight1,
         (mean2, var2), (norm2_weight, norm2_bias), weight2, shortcut_weight, row_scale, scale,
         stride, (eps1, eps2), (training1, training2), (kept[0], kept[1], kept[2]),
+        (group, world_size),
     )  # fmt: skip
 
 
@@ -204,6 +213,8 @@ def _(
     training1: bool,
     training2: bool,
     kept: list[int],
+    group: str,
+    world_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     weights = (weight1, weight2, shortcut_weight)
@@ -218,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, _, _, index, position = inputs[:5]
     mean1, var1, norm1_weight, norm1_bias, weight1 = inputs[5:10]
     mean2, var2, norm2_weight, norm2_bias, weight2, shortcut_weight, row_scale = inputs[10:17]
-    ctx.numbers, ctx.kept = inputs[17:21], inputs[22]
+    ctx.numbers, ctx.rest = inputs[17:21], inputs[22:]
     ctx.training = mean1 is None, mean2 is None
     _, _, h, *batch = output
     ctx.mark_non_differentiable(*output[1:])
@@ -236,7 +247,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 # Where the differentiable inputs stand among those of the op: x, of each norm weight and bias, and
 # the weights.
-_INPUTS, _X, _NORMS, _WEIGHTS = 23, 0, (7, 8, 12, 13), (9, 14, 15)
+_INPUTS, _X, _NORMS, _WEIGHTS = 25, 0, (7, 8, 12, 13), (9, 14, 15)
 
 
 @without_autocast
@@ -246,7 +257,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
         return tuple(grads)
     saved = ctx.saved_tensors
     dx, *dnorms, flat = torch.ops.fastres.preact_unit_backward.default(
-        dy, *saved, *ctx.numbers, *ctx.training, ctx.kept
+        dy, *saved, *ctx.numbers, *ctx.training, *ctx.rest
     )
     start, weights = 0, (saved[8], saved[13], saved[14])
     grads[_X] = dx
@@ -279,6 +290,7 @@ def preact_unit(
     kept: Sequence[int] | None = None,
     moments: BatchMoments | None = None,
     with_moments: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, BatchMoments | None]:
     """A pre-activation residual unit: two kernels forward and three or five backward on a GPU.
 
@@ -303,12 +315,14 @@ def preact_unit(
             and of the projection goes, those of largest sum |gradient|; None: all.
         moments: those of x, from the unit that made it, or None: then a kernel more takes them.
         with_moments: whether to return the moments of y for the next unit.
+        process_group: whose processes' samples the batch's statistics are taken over, as
+            nn.SyncBatchNorm takes them; each has as many. None: this process's alone.
     Returns:
         y [N, K, OH, OW] in x's dtype and channels_last, OH = (H - 1) // stride + 1, under autocast
         in its dtype; and its moments, None unless asked for or on a CPU.
     Raises:
         ValueError: a shape, dtype or device that does not fit; one value per channel in training;
-            evaluation without running statistics.
+            evaluation without running statistics; a process_group on a CPU.
     Source: He et al. 2016, arXiv:1603.05027.
     """
     x = x.to(autocast_dtype(x))
@@ -317,6 +331,7 @@ def preact_unit(
         x, norm1, weight1, norm2, weight2, shortcut_weight, stride, row_scale, index, position,
         kept, takes,
     )  # fmt: skip
+    group = check_group(x, process_group, norm1.training or norm2.training, takes)
     if not takes or x.numel() == 0 or (index is not None and index.numel() == 0):
         y = preact_unit_reference(
             x, norm1, weight1, norm2, weight2, shortcut_weight, stride, scale, row_scale, index,
@@ -333,8 +348,9 @@ def preact_unit(
         mean1, var1, *norm1.affine, weights[0],
         mean2, var2, *norm2.affine, weights[1], weights[2],
         contiguous(row_scale), scale, stride, norm1.eps, norm2.eps, with_moments, [*kept],
+        *group,
     )  # fmt: skip
     seen = x if index is None or shortcut_weight is not None else index
-    update_stats(norm1, mean1, var1, seen.shape[0] * x.shape[2] * x.shape[3])
-    update_stats(norm2, mean2, var2, h.numel() // h.shape[1])
+    update_stats(norm1, mean1, var1, group[1] * seen.shape[0] * x.shape[2] * x.shape[3])
+    update_stats(norm2, mean2, var2, group[1] * (h.numel() // h.shape[1]))
     return y, BatchMoments(y_partial) if with_moments else None

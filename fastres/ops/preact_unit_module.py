@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,6 +63,10 @@ class PreActUnit(nn.Module):
         norm_relu: makes bn1 and bn2, whose forward takes an index, too.
         drop: stochastic depth, or None.
         whole: False keeps to the layers.
+        process_group: whose processes' samples batch statistics are taken over, which the one op
+            alone does: on a GPU, and not where the unit may be dropped whole.
+    Raises:
+        ValueError: a process_group, and the unit is no one op or may be dropped.
     Source: He et al. 2016, arXiv:1603.05027.
     """
 
@@ -75,6 +80,7 @@ class PreActUnit(nn.Module):
         norm_relu: type[nn.BatchNorm2d] = BatchNormReLU2d,
         drop: StochasticDepth | None = None,
         whole: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if shortcut is None and (stride != 1 or in_channels != out_channels):
@@ -93,6 +99,16 @@ class PreActUnit(nn.Module):
             and all(serves(c) for c in convs)
             and (shortcut is None or isinstance(shortcut, nn.Conv2d | PadShortcut))
         )
+        self.process_group = process_group
+        if process_group is not None and not self.whole:
+            raise ValueError(
+                "process_group: its statistics are the one op's, and this unit is made of layers"
+            )
+        if process_group is not None and drop is not None and (drop.mode == "batch" or drop.p == 1):
+            raise ValueError(
+                f"process_group: every process must run the unit, got drop.mode {drop.mode!r} and "
+                f"drop.p {drop.p}; take a mode that drops samples, and p < 1"
+            )
         # Shortcut A as the projection that it is: the identity on the channels that there were.
         self.identity: Tensor | None
         pads = self.whole and isinstance(shortcut, PadShortcut)
@@ -108,7 +124,7 @@ class PreActUnit(nn.Module):
             moments: those of x, from the unit that made it; None: a kernel more takes them.
             with_moments: return y and its moments, for the next unit, or None where there are none.
         """
-        if self.whole and takes_kernels(x):
+        if self.whole and (takes_kernels(x) or self.process_group is not None):
             y, moments = self._fused(x, moments, with_moments and self.training)
         else:
             y, moments = self._by_layers(x), None
@@ -141,7 +157,7 @@ class PreActUnit(nn.Module):
         return preact_unit(
             x, Norm.of(self.bn1), self.conv1.weight, Norm.of(self.bn2), self.conv2.weight,
             self._shortcut_weight(), self.conv1.stride[0], moments=moments,
-            with_moments=with_moments, **options,
+            with_moments=with_moments, process_group=self.process_group, **options,
         )  # fmt: skip
 
     def _kept(self) -> list[int] | None:

@@ -179,9 +179,9 @@ def test_the_registered_ops_refuse_a_tensor_that_has_no_kernels(
     x, weight = torch.zeros(2, 16, 4, 4), torch.zeros(16, 16, 3, 3)
     none = [None] * 4
     with pytest.raises(ValueError, match="on cpu: call fastres.ops.norm_relu_conv2d"):
-        torch.ops.fastres.norm_relu_conv2d(x, *none, weight, None, None, 1.0, 1, 1e-5)
+        torch.ops.fastres.norm_relu_conv2d(x, *none, weight, None, None, 1.0, 1, 1e-5, "", 1)
     with pytest.raises(ValueError, match="on cpu: call fastres.ops.preact_unit"):
         torch.ops.fastres.preact_unit(
             x, None, 0, None, None, *none, weight, *none, weight, None, None, 1.0, 1, 1e-5, 1e-5,
-            False, [16, 16, 16],
+            False, [16, 16, 16], "", 1,
         )  # fmt: skip

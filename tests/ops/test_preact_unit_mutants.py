@@ -194,8 +194,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     ),
     "norm1's moments are of every sample, not the index's": (
         "preact_unit",
-        "stats1 = batch_stats(x, seen)",
-        "stats1 = batch_stats(x)",
+        "batch_stats(batch_moments(x, seen), x, shared)",
+        "batch_stats(batch_moments(x), x, shared)",
         PICKED,
     ),
     "conv1 takes the index's samples in another order": (

@@ -47,16 +47,17 @@ def test_opcheck_of_the_convolution_ops(device: str, training: bool) -> None:
     stats = _stats(16, device)
     row_scale = torch.ones(2, device=device)
     given = (None, None) if training else stats
-    options = (row_scale, 0.5, 1, 1e-5)
+    # The last two: no process group.
+    options, alone = (row_scale, 0.5, 1, 1e-5), ("", 1)
     residual = None if training else _leaf(2, 16, 3, 3, device=device)
     with few_programs():
         torch.library.opcheck(
-            ops.norm_relu_conv2d.default, (x, *given, *norm, weight, residual, *options)
+            ops.norm_relu_conv2d.default, (x, *given, *norm, weight, residual, *options, *alone)
         )
         detached = [v.detach() for v in (x, x, norm[0])]
         torch.library.opcheck(
             ops.norm_relu_conv2d_backward.default,
-            (*detached, None, *stats, weight.detach(), *options, training),
+            (*detached, None, *stats, weight.detach(), *options, training, *alone),
         )
 
 
@@ -81,7 +82,8 @@ def test_opcheck_of_the_unit_ops(device: str, kind: str) -> None:
         torch.library.opcheck(
             ops.preact_unit.default,
             (x, None, 0, index, position, *given1, *norm1, weights[0], *given2, *norm2, weights[1],
-             shortcut, row_scale, 2.0, stride, 1e-5, 1e-5, kind != "eval", kept),
+             shortcut, row_scale, 2.0, stride, 1e-5, 1e-5, kind != "eval", kept,
+             "", 1),
         )  # fmt: skip
         size = (3 - 1) // stride + 1
         dy = torch.randn(N, K, size, size, device=device)
@@ -92,7 +94,7 @@ def test_opcheck_of_the_unit_ops(device: str, kind: str) -> None:
             ops.preact_unit_backward.default,
             (dy, x.detach(), h, index, position, *stats1, *vectors[:2], matrices[0], *stats2,
              *vectors[2:], *matrices[1:], row_scale, 2.0, stride, 1e-5, 1e-5, kind != "eval", True,
-             kept),
+             kept, "", 1),
         )  # fmt: skip
 
 
