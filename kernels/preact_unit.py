@@ -1,4 +1,4 @@
-"""The pre-activation residual unit, forward in two kernels and backward in three or five.
+"""The pre-activation residual unit, forward in two kernels, backward in three to six.
 
     h = conv1(relu(norm1(x))),   y = shortcut + scale * conv2(relu(norm2(h)))
 
