@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import suppress
@@ -66,8 +67,19 @@ def _remember_builtins() -> None:
     interpreter._patch_builtin = patch_builtin
 
 
+def _skip_overflow_checks() -> None:
+    """Save the interpreter half of its time: it works out every overflow of an integer, and then,
+    without its debug option, tells nobody.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     _remember_builtins()
+    _skip_overflow_checks()
 
 
 def pytest_configure(config: pytest.Config) -> None:
