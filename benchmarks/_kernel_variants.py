@@ -128,6 +128,9 @@ def augment_variants(dtype: torch.dtype) -> list[Variant]:
             augment.augment_fwd(
                 images, index, (vector, vector), 2**40, 1, padding, flip, dtype, fmt == "NHWC"
             )
+    with _recorded(found, "32x32 NHWC to NHWC padding=4 flip, epoch on the device"):
+        images, epoch = _empty((50_000, 3, 32, 32), torch.uint8), _empty((), torch.int64)
+        augment.augment_fwd(images, index, (vector, vector), 2**40, epoch, 4, True, dtype, True)
     large = _empty((2, 3, 2**15, 2**15), torch.uint8, "NCHW")
     with _recorded(found, "wide"):
         augment.augment_fwd(large, index, (vector, vector), 1, 1, 4, True, dtype, True)

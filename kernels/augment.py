@@ -36,9 +36,12 @@ def _bounded(word, span: tl.constexpr):
 
 # These change from set to set, run to run, epoch to epoch and batch to batch (index may be a slice
 # that begins anywhere): none of them may compile the kernel again.
-@triton.jit(do_not_specialize=["N", "seed", "epoch"], do_not_specialize_on_alignment=["index_ptr"])
+@triton.jit(
+    do_not_specialize=["N", "seed", "epoch"],
+    do_not_specialize_on_alignment=["index_ptr", "epoch_ptr"],
+)
 def _augment_fwd_kernel(
-    images_ptr, index_ptr, mean_ptr, std_ptr, y_ptr,
+    images_ptr, index_ptr, epoch_ptr, mean_ptr, std_ptr, y_ptr,
     N, seed, epoch, index_stride,
     images_stride_n, images_stride_c, images_stride_h, images_stride_w,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
@@ -47,7 +50,8 @@ def _augment_fwd_kernel(
 ):  # fmt: skip
     """y[b] = the crop of images[index[b]], normalised; NaN where index[b] is out of range.
 
-    images: uint8, any strides; index: int64; mean, std: [C] fp32; y: dense, NHWC or NCHW.
+    images: uint8, any strides; index: int64; mean, std: [C] fp32; y: dense, NHWC or NCHW. With
+    epoch_ptr the epoch is read there.
     """
     b = tl.program_id(0).to(tl.int64)
     image = tl.load(index_ptr + b * index_stride)
@@ -65,8 +69,11 @@ def _augment_fwd_kernel(
     std = tl.load(std_ptr + c, mask=ok, other=1.0)
 
     if PADDING > 0 or FLIP:
-        # Compiled graphs hand over an epoch of 1 as a constant.
-        counter = (tl.zeros([], tl.int64) + epoch).to(tl.uint32)
+        if epoch_ptr is not None:
+            counter = tl.load(epoch_ptr).to(tl.uint32)
+        else:
+            # Compiled graphs hand over an epoch of 1 as a constant.
+            counter = (tl.zeros([], tl.int64) + epoch).to(tl.uint32)
         top, left, mirror, _ = tl.philox(seed, image.to(tl.uint32), counter, STREAM, 0)
         if FLIP:
             w = tl.where((mirror >> 31) != 0, W - 1 - w, w)
@@ -101,7 +108,7 @@ def augment_fwd(
     index: torch.Tensor,
     mean_std: tuple[torch.Tensor, torch.Tensor],
     seed: int,
-    epoch: int,
+    epoch: int | torch.Tensor,
     padding: int,
     flip: bool,
     dtype: torch.dtype,
@@ -112,7 +119,7 @@ def augment_fwd(
     Args:
         images: uint8 [N, C, H, W], any strides; index: int64 [B], any stride.
         mean_std: the mean and the std, each fp32 [C] contiguous, of pixels scaled to [0, 1].
-        seed: the generator's key, 64 bits; epoch: 32 bits of its counter.
+        seed: the generator's key, 64 bits; epoch: 32 bits of its counter, or int64, one element.
         padding: the crop's offset from the centre is drawn from [-padding, padding], pixels.
         flip: whether every other image on average is mirrored, left to right.
     """
@@ -121,11 +128,12 @@ def augment_fwd(
         return y
     N, C, H, W = images.shape
     stride_n, stride_c, stride_h, stride_w = images.stride()
+    as_tensor = isinstance(epoch, torch.Tensor)
     reach = (C - 1) * stride_c + (H - 1) * stride_h + (W - 1) * stride_w
     launch(
         _augment_fwd_kernel, (y.shape[0], triton.cdiv(C * H * W, BLOCK)),
-        images, index, *mean_std, y,
-        N, seed, epoch, index.stride(0), stride_n, stride_c, stride_h, stride_w,
+        images, index, epoch if as_tensor else None, *mean_std, y,
+        N, seed, 0 if as_tensor else epoch, index.stride(0), stride_n, stride_c, stride_h, stride_w,
         C=C, H=H, W=W, PADDING=padding, FLIP=flip, CHANNELS_LAST=channels_last,
         # 64-bit offsets inside an image only where it needs them: they cost registers.
         WIDE=max(reach, C * H * W) >= 2**31, BLOCK=BLOCK, num_warps=NUM_WARPS,

@@ -51,15 +51,20 @@ def _augment(
     std: Tensor,
     seed: int,
     epoch: int,
+    epoch_tensor: Tensor | None,
     padding: int,
     flip: bool,
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """y [B, C, H, W] of dtype, dense, NHWC in memory with channels_last, else NCHW; no gradient."""
+    """y [B, C, H, W] of dtype, dense, NHWC in memory with channels_last, else NCHW; no gradient.
+
+    epoch counts where there is no epoch_tensor.
+    """
     return kernels("augment", images).augment_fwd(
-        images, index, (mean, std), seed, epoch, padding, flip, dtype, channels_last
-    )
+        images, index, (mean, std), seed, epoch if epoch_tensor is None else epoch_tensor, padding,
+        flip, dtype, channels_last,
+    )  # fmt: skip
 
 
 @_augment.register_fake
@@ -70,6 +75,7 @@ def _(
     std: Tensor,
     seed: int,
     epoch: int,
+    epoch_tensor: Tensor | None,
     padding: int,
     flip: bool,
     dtype: torch.dtype,
@@ -85,7 +91,7 @@ def augment(
     std: Tensor,
     *,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | Tensor = 0,
     padding: int = 4,
     flip: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -104,7 +110,9 @@ def augment(
         index: int64 [B], the images of this batch, each in [0, N). One outside raises IndexError on
             a CPU; on a GPU, where asking would wait for the device, its y is NaN.
         mean, std: fp32 [C], of pixels scaled to [0, 1].
-        seed: of the run, 64 bits; epoch: 0 <= epoch < 2^32.
+        seed: of the run, 64 bits.
+        epoch: 0 <= epoch < 2^32; a tensor, int64 of one element, is read on the device, of whose
+            value the lower 32 bits count.
         padding: black pixels added on each side before the crop, 0 <= padding < min(H, W).
         flip: whether every other image on average is mirrored, left to right.
         dtype: of y, fp32, fp16 or bf16.
@@ -120,16 +128,19 @@ def augment(
     channels_last = memory_format == torch.channels_last
     if not takes_kernels(images):
         return _native(images, index, mean, std, seed, epoch, padding, flip, dtype, channels_last)
+    number, tensor = (0, epoch) if isinstance(epoch, Tensor) else (epoch, None)
     return torch.ops.fastres.augment.default(
-        images, index, mean.contiguous(), std.contiguous(), seed, epoch, padding, flip, dtype,
-        channels_last,
+        images, index, mean.contiguous(), std.contiguous(), seed, number, tensor, padding, flip,
+        dtype, channels_last,
     )  # fmt: skip
 
 
 def _draw(
-    index: Tensor, seed: int, epoch: int, padding: int, flip: bool
+    index: Tensor, seed: int, epoch: int | Tensor, padding: int, flip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each image's crop, tops and lefts int64 [B] in [0, 2*padding], and whether it is mirrored."""
+    if isinstance(epoch, Tensor):
+        epoch = epoch & 0xFFFFFFFF
     words = philox(seed, index, epoch, CROP_STREAM)
     # The high half of word * span is uniform in [0, span) to 2^-32, without a division.
     tops, lefts = ((word * (2 * padding + 1)) >> 32 for word in words[:2])
@@ -142,7 +153,7 @@ def _native(
     mean: Tensor,
     std: Tensor,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     padding: int,
     flip: bool,
     dtype: torch.dtype,
@@ -190,7 +201,8 @@ def shuffle(n: int, seed: int, epoch: int, device: torch.device | str) -> Tensor
     """
     if not 0 <= n <= 1 << 32:
         raise ValueError(f"n: expected 0 <= n <= 2**32, got {n}")
-    _check_counter(seed, epoch)
+    _check_seed(seed)
+    _check_epoch(epoch)
     number = torch.arange(n, device=device)
     high, low, _, _ = philox(seed, number, epoch, SHUFFLE_STREAM)
     # Shifted to be signed first, so that nothing overflows.
@@ -198,9 +210,12 @@ def shuffle(n: int, seed: int, epoch: int, device: torch.device | str) -> Tensor
     return torch.argsort(keys, stable=True)
 
 
-def _check_counter(seed: int, epoch: int) -> None:
+def _check_seed(seed: int) -> None:
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed: expected -2**63 <= seed < 2**63, got {seed}")
+
+
+def _check_epoch(epoch: int) -> None:
     if not 0 <= epoch < 1 << 32:
         raise ValueError(f"epoch: expected 0 <= epoch < 2**32, got {epoch}")
 
@@ -211,7 +226,7 @@ def _check(
     mean: Tensor,
     std: Tensor,
     seed: int,
-    epoch: int,
+    epoch: int | Tensor,
     padding: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
@@ -233,7 +248,14 @@ def _check(
                 f"{name}: expected [{images.shape[1]}] in torch.float32 on {images.device}, got "
                 f"{list(v.shape)} in {v.dtype} on {v.device}"
             )
-    _check_counter(seed, epoch)
+    _check_seed(seed)
+    if not isinstance(epoch, Tensor):
+        _check_epoch(epoch)
+    elif epoch.numel() != 1 or epoch.dtype != torch.int64 or epoch.device != images.device:
+        raise ValueError(
+            f"epoch: expected one element in torch.int64 on {images.device}, got "
+            f"{list(epoch.shape)} in {epoch.dtype} on {epoch.device}"
+        )
     side = min(images.shape[2:])
     if not 0 <= padding < side:
         raise ValueError(f"padding: expected 0 <= padding < min(H, W) = {side}, got {padding}")

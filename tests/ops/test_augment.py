@@ -121,8 +121,20 @@ def test_opcheck(device: str, memory_format: torch.memory_format) -> None:
     images, mean, std = data(4, device=device)
     index = torch.tensor([3, 0], device=device)
     channels_last = memory_format == torch.channels_last
-    args = (images, index, mean, std, 1, 2, 2, True, torch.float16, channels_last)
-    torch.library.opcheck(torch.ops.fastres.augment.default, args)
+    for epoch in (None, torch.tensor([2], device=device)):
+        args = (images, index, mean, std, 1, 2, epoch, 2, True, torch.float16, channels_last)
+        torch.library.opcheck(torch.ops.fastres.augment.default, args)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "vector"])
+def test_an_epoch_on_the_device(place: str, shape: tuple[int, ...]) -> None:
+    """Read where the images are; of one out of range the lower 32 bits count."""
+    images, mean, std = data(8, device=place)
+    index = torch.tensor([3, 0, 5], device=place)
+    for epoch, same in ((0, 0), (7, 7), (2**32 + 7, 7), (-1, 2**32 - 1)):
+        there = torch.full(shape, epoch, dtype=torch.int64, device=place)
+        y = augment(images, index, mean, std, seed=1, epoch=there)
+        assert torch.equal(y, augment(images, index, mean, std, seed=1, epoch=same))
 
 
 def test_compiles_once_for_all_epochs(place: str) -> None:
@@ -185,6 +197,9 @@ def _invalid() -> list[tuple[str, dict[str, Any]]]:
         ("seed: expected", dict(seed=-(2**63) - 1)),
         ("epoch: expected", dict(epoch=-1)),
         ("epoch: expected", dict(epoch=2**32)),
+        ("epoch: expected", dict(epoch=torch.zeros(2, dtype=torch.int64))),
+        ("epoch: expected", dict(epoch=torch.zeros(1))),
+        ("epoch: expected", dict(epoch=torch.zeros((), dtype=torch.int64, device="meta"))),
         ("padding: expected", dict(padding=-1)),
         ("padding: expected", dict(padding=8)),
         ("dtype: expected", dict(dtype=torch.float64)),
