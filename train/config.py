@@ -32,6 +32,8 @@ class Config:
     """Use every fused op that the other flags call for."""
     fused_units: bool = False
     """With --fused, run each pre-activation unit as one op on a GPU. It has not run on one yet."""
+    cuda_graph: bool = False
+    """Replay each training step as one launch on a GPU, a CUDA graph. It has not run on one yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
     precision: Literal["fp32", "fp16", "bf16", "pure-fp16"] = "fp32"
@@ -161,6 +163,9 @@ class Config:
         need(0 <= self.seed < 2**63, "seed", "0 or more, under 2^63")
         need(self.profile_steps >= 1, "profile_steps", "1 or more")
         need(self.eval_every >= 1, "eval_every", "1 or more")
+        graph = self.cuda_graph
+        need(not (graph and self.device == "cpu"), "cuda_graph", "a GPU, and no --device cpu")
+        need(not (graph and self.profile), "cuda_graph", "no --profile, whose marks a graph drops")
         need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")
         need(self.image_size is None or self.image_size >= 8, "image_size", "8 or more")
         fraction = self.test_fraction

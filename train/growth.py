@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from boost_config import BoostConfig
+from networks import build_model, to_half
 from records import Progress, Record
 from torch import Tensor
-from trainer import build_model, check_fits, to_half
+from trainer import check_fits
 from unit_trainer import Frozen, UnitTrainer, in_words
 from workers import Workers
 

@@ -19,8 +19,9 @@ import records
 import torch
 from config import C, Config, parse
 from errors import LoneError, TrainError
+from networks import fused_ops
 from profiling import WARMUP, Profile, load_nvtx
-from trainer import Trainer, fused_ops, set_precision_and_determinism
+from trainer import Trainer, set_precision_and_determinism
 from workers import Workers, end_process
 
 from fastres.data import Splits, cifar10, folder, split, synthetic

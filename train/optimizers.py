@@ -16,7 +16,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "yellowfin":
         return YellowFin(params, **settings)
     if config.optimizer == "adam":
-        return torch.optim.Adam(params, **settings, fused=True)
+        return torch.optim.Adam(params, **settings, fused=True, capturable=config.cuda_graph)
     settings["momentum"] = config.momentum
     return (
         FusedSGD(params, **settings)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from config import Config
+from device_step import DeviceStep, EpochSums, GraphedStep
 from errors import TrainError
 from image_view import ImageView
 from micro_batches import MicroBatches
+from networks import build_model, to_half
 from optimizers import build_optimizer, in_model_order
 from records import Progress, Record
 from schedule import lr_factor, meprop_is_dense
@@ -26,16 +28,8 @@ from workers import Workers
 from fastres.amp import LossScaler
 from fastres.data import ImageSet, Splits
 from fastres.models import ResNet
-from fastres.ops import (
-    BatchNormReLU2d,
-    MePropConv2d,
-    PreActUnit,
-    StepGenerator,
-    StochasticDepth,
-    shuffle,
-    takes_kernels,
-)
-from fastres.optim import FusedSGD, YellowFin
+from fastres.ops import StepGenerator, shuffle
+from fastres.optim import YellowFin
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
 _EVAL_BATCH = 500
@@ -71,28 +65,6 @@ def set_precision_and_determinism(config: Config) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by a module class
 
 
-def build_model(config: Config, num_classes: int) -> ResNet:
-    """The model of a config, its weights a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return ResNet(
-            config.depth,
-            config.width,
-            config.block,
-            config.shortcut,
-            num_classes,
-            config.fused,
-            drop_prob=config.drop_prob,
-            drop_mode=config.drop_mode,
-            drop_schedule=config.drop_schedule,
-            meprop_ratio=config.meprop_ratio,
-            meprop_mode=config.meprop_mode,
-            zero_init=config.zero_init,
-            keep_units=config.units,
-            fused_units=config.fused_units,
-        )
-
-
 def check_fits(config: Config, data: Splits) -> None:
     """See that there is a step to take.
 
@@ -110,36 +82,6 @@ def check_fits(config: Config, data: Splits) -> None:
             f"{data.name}: images of {side} pixels a side are too small for this model; pass "
             f"--image-size {_SMALLEST_SIDE} or more"
         )
-
-
-def to_half(model: nn.Module) -> None:
-    """fp16 weights, but for BatchNorm, whose fp32 parameters and statistics cost nothing."""
-    for module in model.modules():
-        if not isinstance(module, nn.BatchNorm2d):
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(p.detach().half()))
-
-
-def fused_ops(trainer: "Trainer") -> str:
-    """Which fused ops a run takes, for the person who asked for --fused."""
-    triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
-    units = [m for m in trainer.model.modules() if isinstance(m, PreActUnit) and m.whole and triton]
-    norms = [m for m in trainer.model.modules() if isinstance(m, BatchNormReLU2d)]
-    counts = {
-        "preact_unit": len(units),
-        # A unit that is one op has two of them, which it does not call.
-        "batch_norm_relu": len(norms) - 2 * len(units),
-        # "batch" decides on the host what to compute: there is nothing left for the op to do.
-        "stochastic_depth_add": sum(
-            isinstance(m, StochasticDepth) and m.mode != "batch" for m in trainer.model.modules()
-        ),
-        "meprop_conv2d": sum(isinstance(m, MePropConv2d) for m in trainer.model.modules()),
-    }
-    layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
-    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
-    steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
-    path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
-    return f"{', '.join(layers + steps)}; by {path}"
 
 
 class Trainer(ImageView):
@@ -170,6 +112,8 @@ class Trainer(ImageView):
         self.optimizer = build_optimizer(config, self.model)
         self.scaler = self.make_scaler()
         self.epoch = 0
+        self.sums = EpochSums(device)
+        self.meprop_dense = True
         self.network: nn.Module = self.model
         if workers.world_size > 1:
             self.network = DistributedDataParallel(
@@ -182,6 +126,7 @@ class Trainer(ImageView):
         self.micro_batches = MicroBatches(
             config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler
         )
+        self.device_step: DeviceStep | None = GraphedStep(self) if config.cuda_graph else None
 
     def make_model(self) -> ResNet:
         """The model to train, in fp32."""
@@ -206,7 +151,7 @@ class Trainer(ImageView):
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    def _loss(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss over this process's share of a batch, and logits."""
         with self.phase("data"):
             x = self.inputs(index, epoch)
@@ -216,7 +161,7 @@ class Trainer(ImageView):
             with self.phase("loss"):
                 return self.criterion(logits, index), logits
 
-    def inputs(self, index: Tensor, epoch: int) -> Tensor:
+    def inputs(self, index: Tensor, epoch: int | Tensor) -> Tensor:
         """What the model sees of training images in an epoch."""
         return self._images(self.data.train, index, seed=self.config.seed, epoch=epoch)
 
@@ -229,30 +174,40 @@ class Trainer(ImageView):
 
         Returns its loss, detached, and, with loss scaling, whether the update was made, a bool [].
         """
+        with self.phase("step"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr_of(step)
+            self.drops.set_step(step)
+            return self.update(index, step // self.steps_per_epoch)
+
+    def lr_of(self, step: int) -> float:
+        """The learning rate of a step of the run."""
         config = self.config
-        lr = self.peak_lr * lr_factor(
+        return self.peak_lr * lr_factor(
             step,
             steps_per_epoch=self.steps_per_epoch,
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
             schedule=config.schedule,
         )
-        with self.phase("step"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.drops.set_step(step)
-            losses = []
-            for part in self.micro_batches.each(index):
-                loss, _ = self._loss(part, step // self.steps_per_epoch)
-                with self.phase("backward"):
-                    self.scaler.scale(loss).backward()
-                losses.append(loss.detach())
-            with self.phase("update"):
-                stepped = self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()
-                self.micro_batches.settle(stepped)
-            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
+
+    def update(self, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """What train_step does once the learning rate and the draws' step are set.
+
+        epoch: a tensor, int64 [], is read on the device.
+        """
+        losses = []
+        for part in self.micro_batches.each(index):
+            loss, _ = self._loss(part, epoch)
+            with self.phase("backward"):
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        with self.phase("update"):
+            stepped = self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            self.micro_batches.settle(stepped)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
 
     def batches(self, epoch: int) -> Generator[Tensor, None, None]:
         """The images of each step of an epoch, this process's share of them, in turn."""
@@ -263,6 +218,21 @@ class Trainer(ImageView):
             first = i * config.batch_size + workers.rank * share
             yield order[first : first + share]
 
+    def _steps(self) -> Generator[None, None, None]:
+        """The steps of this epoch, one taken at each turn."""
+        if self.device_step is not None:
+            self.device_step.begin_epoch(self.epoch)
+            for _ in range(self.steps_per_epoch):
+                self.device_step()
+                yield
+            self.device_step.end_epoch()
+            return
+        first = self.epoch * self.steps_per_epoch
+        with contextlib.closing(self.batches(self.epoch)) as batches:
+            for step, index in enumerate(batches, start=first):
+                self.sums.add(*self.train_step(index, step))
+                yield
+
     def train_epoch(self, progress: Progress) -> Record:
         """One pass over the training set.
 
@@ -272,35 +242,25 @@ class Trainer(ImageView):
         """
         config, workers = self.config, self.workers
         self.network.train()
-        dense = meprop_is_dense(
+        self.meprop_dense = meprop_is_dense(
             self.epoch,
             warmup_epochs=config.meprop_warmup_epochs,
             dense_every=config.meprop_dense_every,
         )
-        self.model.set_meprop(sparse=not dense)
+        self.model.set_meprop(sparse=not self.meprop_dense)
         start = time.perf_counter()
-        # Of the losses: their sum and their number. Of the steps: those that were skipped.
-        total, counted, skipped = torch.zeros(3, dtype=torch.float64, device=workers.device)
-        with contextlib.closing(self.batches(self.epoch)) as batches:
-            for i, index in enumerate(batches):
-                step = self.epoch * self.steps_per_epoch + i
-                loss, stepped = self.train_step(index, step)
-                if stepped is None:
-                    total += loss
-                    counted += 1
-                else:
-                    # A loss that overflowed has no part in the mean, as it had none in the weights.
-                    finite = loss.isfinite()
-                    total += torch.where(finite, loss, 0.0)
-                    counted += finite
-                    skipped += ~stepped
-                    if (i + 1) % config.max_skipped_steps == 0 or i + 1 == self.steps_per_epoch:
-                        self._see_that_steps_are_taken()
-                progress.step()
+        sums = self.sums
+        sums.begin()
+        for i, _ in enumerate(self._steps(), start=1):
+            if self.scaler.is_enabled() and (
+                i % config.max_skipped_steps == 0 or i == self.steps_per_epoch
+            ):
+                self._see_that_steps_are_taken()
+            progress.step()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
         for t in (*self.model.parameters(), *self.model.buffers()):
-            total += 0.0 * t.detach().double().sum()
-        mean_loss = float(workers.sum_(total) / workers.sum_(counted))
+            sums.total += 0.0 * t.detach().double().sum()
+        mean_loss = float(workers.sum_(sums.total) / workers.sum_(sums.counted))
         seconds = time.perf_counter() - start
         if not math.isfinite(mean_loss):
             raise TrainError(
@@ -309,15 +269,15 @@ class Trainer(ImageView):
             )
         self.epoch += 1
         images = self.steps_per_epoch * config.batch_size
-        scaling = {"skipped_steps": int(skipped), "loss_scale": self.scaler.get_scale()}
+        scaling = {"skipped_steps": int(sums.skipped), "loss_scale": self.scaler.get_scale()}
         return {
             "epoch": self.epoch,
             "loss": mean_loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr_of(self.epoch * self.steps_per_epoch - 1),
             "seconds": seconds,
             "images_per_second": images / seconds,
             "memory_bytes": self._memory(),
-            **({} if config.meprop_ratio is None else {"meprop_dense": dense}),
+            **({} if config.meprop_ratio is None else {"meprop_dense": self.meprop_dense}),
             **(scaling if self.scaler.is_enabled() else {}),
             **self._tuned(),
         }

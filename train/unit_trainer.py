@@ -135,7 +135,7 @@ class UnitTrainer(Trainer):
                 self._fetched = index, next(fetched)
                 yield index
 
-    def inputs(self, index: Tensor, epoch: int) -> Tensor:
+    def inputs(self, index: Tensor, epoch: int | Tensor) -> Tensor:
         frozen = self._frozen
         if frozen.cache is not None:
             # Given away: features live no longer than what is computed of them needs them.

@@ -44,11 +44,20 @@ class StepGenerator:
         """Every unit's next draw is that of this step, 0 <= step < 2**32; a launch a device."""
         if not 0 <= step < 1 << 32:
             raise ValueError(f"step: expected 0 <= step < 2**32, got {step}")
-        self._step = step
+        self.decide(step)
         for key in self._keys.values():
             key[1:2].fill_(step)
+
+    def decide(self, step: int) -> tuple[bool, ...]:
+        """The host's part of set_step: for each unit, whether it drops the whole batch."""
+        self._step = step
         for unit in self._units:
             unit.set_step(self.seed, step)
+        return tuple(unit.dropped for unit in self._units)
+
+    def follow(self, step: Tensor) -> None:
+        """The device's part of set_step, for the device of step, int64 of one element."""
+        self.key(step.device)[1:2].copy_(step)
 
     def set_rank(self, rank: int) -> None:
         """Draw as the process of this rank from here on; a launch a device.

@@ -1,0 +1,174 @@
+"""A training step whose numbers lie on the device, and the CUDA graph that holds it.
+
+A graph replays launches with the arguments that they were captured with. So whatever changes from
+step to step (the images, the learning rate, the epoch, what stochastic depth draws) is read on the
+device, and a DeviceStep is the same calls every time, with a graph or without one.
+"""
+
+import gc
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from errors import TrainError
+from torch import Tensor
+
+from fastres.ops import shuffle
+
+if TYPE_CHECKING:
+    from trainer import Trainer
+
+# Steps of a kind before its capture: what a run does but once (build kernels, choose algorithms,
+# make momentum) is no part of a step.
+WARMUP = 2
+# Graphs that are kept; what stochastic depth by "batch" leaves out is a graph of its own each time,
+# and a step whose graph has no place any more runs without one.
+MOST_GRAPHS = 64
+
+
+class EpochSums:
+    """Of an epoch's steps so far, on the device: losses, their number, and steps that were skipped.
+
+    Attributes:
+        total, counted, skipped: fp64 [], views of one tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._all = torch.zeros(3, dtype=torch.float64, device=device)
+        self.total, self.counted, self.skipped = self._all
+
+    def begin(self) -> None:
+        self._all.zero_()
+
+    def add(self, loss: Tensor, stepped: Tensor | None) -> None:
+        """stepped: bool [], or None where no step is ever skipped."""
+        if stepped is None:
+            self.total += loss
+            self.counted += 1
+            return
+        # A loss that overflowed has no part in the mean, as it had none in the weights.
+        finite = loss.isfinite()
+        self.total += torch.where(finite, loss, 0.0)
+        self.counted += finite
+        self.skipped += ~stepped
+
+
+class DeviceStep:
+    """A trainer's next step, whatever step that is: begin an epoch, then call it once a step.
+
+    The results are bitwise those of trainer.train_step, whose numbers come from the host.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        device, config, workers = trainer.workers.device, trainer.config, trainer.workers
+        self._trainer = trainer
+        self._number = 0  # of the run's steps, as `_step` has it on the device
+        steps = config.epochs * trainer.steps_per_epoch
+        # In fp64, as a host's float is.
+        rates = [trainer.lr_of(step) for step in range(steps)]
+        self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        self._lr = torch.zeros((), dtype=torch.float64, device=device)
+        self._step, self._epoch = torch.zeros(2, dtype=torch.int64, device=device)
+        # Of this process's share of the first batch, the places in the epoch's order.
+        share = config.batch_size // workers.world_size
+        self._first = torch.arange(share, device=device) + workers.rank * share
+        self._places = self._first.clone()
+        self._order = torch.zeros(len(trainer.data.train), dtype=torch.int64, device=device)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to the first step of an epoch."""
+        trainer = self._trainer
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = self._lr
+        self._number = epoch * trainer.steps_per_epoch
+        self._epoch.fill_(epoch)
+        self._step.fill_(self._number)
+        self._places.copy_(self._first)
+        self._order.copy_(
+            shuffle(len(self._order), trainer.config.seed, epoch, trainer.workers.device)
+        )
+
+    def end_epoch(self) -> None:
+        """Leave the optimizer with the learning rate of its last step, a number as elsewhere."""
+        for group in self._trainer.optimizer.param_groups:
+            group["lr"] = self._trainer.lr_of(self._number - 1)
+
+    def __call__(self) -> None:
+        self.decide()
+        self.run()
+
+    def decide(self) -> tuple[bool, ...]:
+        """The host's part: for each unit, whether stochastic depth leaves it out of this step."""
+        dropped = self._trainer.drops.decide(self._number)
+        self._number += 1
+        return dropped
+
+    def run(self) -> None:
+        """The device's part: from the images to the updated weights, without a word to the host."""
+        trainer = self._trainer
+        with trainer.phase("step"):
+            self._lr.copy_(self._rates.index_select(0, self._step.view(1))[0])
+            trainer.drops.follow(self._step)
+            index = self._order.index_select(0, self._places)
+            trainer.sums.add(*trainer.update(index, self._epoch))
+            self._step += 1
+            self._places += trainer.config.batch_size
+
+
+class GraphedStep(DeviceStep):
+    """A DeviceStep that is one launch: captured after a few steps, then replayed.
+
+    Graphs share one pool of memory, since they run one after the other.
+
+    Raises:
+        TrainError: the trainer is where there are no CUDA graphs, or does what they cannot hold.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        _check(trainer)
+        super().__init__(trainer)
+        self._seen: Counter[tuple[bool, ...]] = Counter()
+        self._graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self) -> None:
+        # A kind of step is what the host decides: units left out, and whether meProp is dense.
+        kind = (*self.decide(), self._trainer.meprop_dense)
+        graph = self._graphs.get(kind)
+        if graph is None and self._seen[kind] >= WARMUP and len(self._graphs) < MOST_GRAPHS:
+            graph = self._graphs[kind] = self._capture()
+        if graph is not None:
+            graph.replay()
+            return
+        self._seen[kind] += 1
+        # On the stream of the captures, whose memory and gradients these steps then prepare.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self.run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # A collection in the middle could free another graph's memory, which capture forbids.
+        gc.collect()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            self.run()
+        return graph
+
+
+def _check(trainer: "Trainer") -> None:
+    """See that a graph can hold the trainer's step."""
+    workers = trainer.workers
+    if workers.device.type != "cuda":
+        raise TrainError(
+            f"--cuda-graph: a CUDA graph needs a GPU, and this run is on {workers.device.type}; "
+            "leave it out"
+        )
+    if workers.world_size > 1:
+        raise TrainError(
+            f"--cuda-graph: holds the step of one process so far, and there are "
+            f"{workers.world_size}; leave it out, or run one process with --micro-batches "
+            f"{workers.world_size}"
+        )
