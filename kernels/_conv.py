@@ -24,7 +24,10 @@ BLOCK_M = 128
 BLOCK_C = 64
 BLOCK_P = 64
 # Bytes of a weight's block that a program keeps for all of its tiles; by family, see there.
-MAX_WEIGHT_BYTES = {"wgmma": 80_000, "mma": 80_000, "hip": 5_000}
+MAX_WEIGHT_BYTES = {"tcgen05": 70_000, "wgmma": 80_000, "mma": 80_000, "hip": 5_000}
+# Pixels of a tile of BLOCK_C channels on one side of a product, and on both: where a kept weight
+# lies in registers, so few that the warps share its columns, not the pixels.
+WIDE_ROWS = {"tcgen05": (128, 64), "wgmma": (64, 64), "mma": (32, 32), "hip": (64, 64)}
 
 
 @triton.jit
@@ -53,6 +56,15 @@ def samples_at(pointer, index_ptr, first, n, ok, SIZE: tl.constexpr):
         pointer += first.to(tl.int64) * SIZE
         offsets = n * SIZE
     return pointer, offsets
+
+
+@triton.jit
+def sample_numbers(index_ptr, first, n, ok):
+    """The samples first + n, or through an index those that it names; -1 where not ok."""
+    samples = tl.where(ok, first + n, -1)
+    if index_ptr is not None:
+        samples = tl.load(index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
+    return samples
 
 
 @triton.jit
@@ -142,21 +154,23 @@ class Blocks:
 
 
 def blocks_of(inner: int, outer: int, taps: int, dtype: torch.dtype) -> Blocks:
-    """For products over `inner` channels to `outer` ones. Not tuned on a GPU yet."""
-    # fp32 is multiplied without tensor cores, and takes twice the registers.
-    most = BLOCK_C // 2 if dtype == torch.float32 else BLOCK_C
+    """For products over `inner` channels to `outer` ones: what spills nowhere. Not tuned yet."""
+    # fp32 is multiplied without tensor cores, its factors in registers.
+    most = BLOCK_C // 4 if dtype == torch.float32 else BLOCK_C
     inner_block, outer_block = block_of(inner, most), block_of(outer, most)
-    if inner > inner_block:
+    if inner > inner_block > 16:
         # Coefficients of every block are loaded anew, and live beside the products.
-        inner_block = most // 2
+        inner_block //= 2
     widest = max(inner_block, outer_block)
     nbytes = taps * taps * inner_block * outer_block * dtype.itemsize
     keeps = inner <= inner_block and nbytes <= MAX_WEIGHT_BYTES[family()]
-    rows = rows_of(dtype) if widest <= 16 else rows_of(dtype) // 2
-    if widest == BLOCK_C and family() == "mma":
-        # A kept weight lies in registers: the warps then share its columns, not the pixels.
+    rows = rows_of(dtype)
+    if widest == BLOCK_C:
+        rows = WIDE_ROWS[family()][inner_block == outer_block]
+    elif widest > 16:
         rows //= 2
-    return Blocks(inner_block, outer_block, rows, keeps, 8 if widest == most else 4)
+    wide = widest == most or (widest > 16 and family() == "mma")
+    return Blocks(inner_block, outer_block, rows, keeps, 8 if wide else 4)
 
 
 def merges(C: int, dtype: torch.dtype) -> bool:

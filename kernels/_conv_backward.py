@@ -21,6 +21,7 @@ from ._conv import (
     operand,
     pixels,
     product,
+    sample_numbers,
     samples_at,
     tile_pixels,
 )
@@ -32,7 +33,7 @@ from ._normalize import passes, rstd_of, scale_and_bias
 
 # Channels on either side, by family, see there: registers hold three rows of taps' products, each
 # of four times as many lanes as channels. fp32 takes twice as many. More spills.
-FUSED_CHANNELS = {"wgmma": 32, "mma": 32, "hip": 16}
+FUSED_CHANNELS = {"tcgen05": 32, "wgmma": 32, "mma": 32, "hip": 16}
 FUSED_DTYPES = (torch.float16, torch.bfloat16)
 # Of a launch: each program has a product of its own in the slab. Not tuned yet, as BLOCK_M.
 WARPS = 1056
@@ -115,11 +116,9 @@ def _norm_relu_conv2d_bwd_kernel(
         h_base = h_ptr
         if h_ptr is not None:
             h_base, _ = samples_at(h_ptr, g_index_ptr, first, n, ok, H * W * K)
-        samples = tl.where(ok, first + n, -1)
-        if g_index_ptr is not None:
-            samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
+        samples = sample_numbers(g_index_ptr, first, n, ok)
         g_x = x[:, None] + (j - 1)[None, :]
-        g_ok = (ok & (samples >= 0))[:, None] & k_ok[None, :] & (g_x >= 0) & (g_x < W)
+        g_ok = (samples >= 0)[:, None] & k_ok[None, :] & (g_x >= 0) & (g_x < W)
         at = (g_samples + (y * W + x) * K)[:, None] + ((j - 1) * K + k)[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         # The row of taps 0 met the row of pixels below.
@@ -182,11 +181,10 @@ def conv_backward(
     stride: int,
     samples: int,
     slab: torch.Tensor,
-    start: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What conv_dgrad returns, and slab written as conv_wgrad does."""
     if not fuses(weight, stride, out.inner, into.x.dtype):
-        conv_wgrad(into, out, weight, stride, samples, slab, start)
+        conv_wgrad(into, out, weight, stride, samples, slab)
         return conv_dgrad(into, out, weight, stride, samples)
     C, H, W = into.x.shape[1:]
     K = weight.shape[0]
@@ -197,7 +195,7 @@ def conv_backward(
     launch(
         _norm_relu_conv2d_bwd_kernel, (cut.P,),
         *out.tensors, out.dweight, out.dbias, out.row_scale, weight,
-        into.x, into.index, *into.norm.vectors, dz, sums, slab[:, start:],
+        into.x, into.index, *into.norm.vectors, dz, sums, slab,
         cut.M, cut.chunk, rows, partials, into.norm.eps, h_eps, out.scale,
         slab.stride(0), *weight.stride(),
         C=C, K=K, H=H, W=W, TRAINING=out.training,

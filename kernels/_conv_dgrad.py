@@ -19,6 +19,7 @@ from ._conv import (
     operand,
     pixels,
     product,
+    sample_numbers,
     samples_at,
     tile_pixels,
     weight_tap,
@@ -113,11 +114,7 @@ def _norm_relu_conv2d_dgrad_kernel(
         h_base = h_ptr
         if h_ptr is not None:
             h_base, _ = samples_at(h_ptr, g_index_ptr, first, n, ok, OH * OW * K)
-        samples = tl.where(ok, first + n, -1)
-        g_ok = ok
-        if g_index_ptr is not None:
-            samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
-            g_ok = ok & (samples >= 0)
+        samples = sample_numbers(g_index_ptr, first, n, ok)
         acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for k_start in tl.range(0, KEPT, BLOCK_K, num_stages=1):
             lanes = k_start + tl.arange(0, BLOCK_K)
@@ -144,9 +141,10 @@ def _norm_relu_conv2d_dgrad_kernel(
                         )  # fmt: skip
                         weight = operand(weight, dtype)
                     acc = _dgrad_tap(
-                        acc, weight, g_base, h_base, row_scale_ptr, samples, g_samples, g_ok,
-                        out_y + (odd_y - tap_y) // STRIDE, out_x + (odd_x - tap_x) // STRIDE, scale,
-                        h_mean, h_scale, mean_dz, slope, k, k_ok, K, OH, OW, TRAINING, dtype,
+                        acc, weight, g_base, h_base, row_scale_ptr, samples, g_samples,
+                        samples >= 0, out_y + (odd_y - tap_y) // STRIDE,
+                        out_x + (odd_x - tap_x) // STRIDE, scale, h_mean, h_scale, mean_dz, slope,
+                        k, k_ok, K, OH, OW, TRAINING, dtype,
                     )  # fmt: skip
         if dshortcut_ptr is not None:
             if parity == 0:

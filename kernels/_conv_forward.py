@@ -83,6 +83,7 @@ def _norm_relu_conv2d_fwd_kernel(
     for m_start in tl.range(pid * CHUNK, end, BLOCK_M, num_stages=1):
         first, n, out_y, out_x, ok = tile_pixels(m_start, end, OW, S, BLOCK_M)
         x_base, x_samples = samples_at(x_ptr, index_ptr, first, n, ok, H * W * C)
+        there = ok if index_ptr is None else x_samples >= 0
         acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         projected = acc
         for c_start in tl.range(0, C, BLOCK_C, num_stages=1):
@@ -98,8 +99,7 @@ def _norm_relu_conv2d_fwd_kernel(
             for tap in tl.static_range(TAPS * TAPS):
                 in_y = out_y * STRIDE + (tap // TAPS - PAD)
                 in_x = out_x * STRIDE + (tap % TAPS - PAD)
-                inside = ok if index_ptr is None else ok & (x_samples >= 0)
-                inside = inside & (in_y >= 0) & (in_y < H) & (in_x >= 0) & (in_x < W)
+                inside = there & (in_y >= 0) & (in_y < H) & (in_x >= 0) & (in_x < W)
                 inside = inside[:, None] & c_ok[None, :]
                 at = (x_samples + (in_y * W + in_x) * C)[:, None] + c[None, :]
                 x = tl.load(x_base + at, mask=inside, other=0.0)
@@ -109,18 +109,10 @@ def _norm_relu_conv2d_fwd_kernel(
                     weight = weights[tap]
                 else:
                     weight_at = k[None, :] * weight_stride_k + c[:, None] * weight_stride_c
-                    weight = operand(
-                        weight_tap(
-                            weight_ptr,
-                            weight_at,
-                            ck_ok,
-                            weight_stride_h,
-                            weight_stride_w,
-                            tap,
-                            TAPS,
-                        ),
-                        dtype,
+                    weight = weight_tap(
+                        weight_ptr, weight_at, ck_ok, weight_stride_h, weight_stride_w, tap, TAPS
                     )
+                    weight = operand(weight, dtype)
                 acc = product(a, weight, acc)
                 if shortcut_weight_ptr is not None and tap == TAPS * PAD + PAD:
                     at = k[None, :] * shortcut_weight_stride_k

@@ -10,7 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._conv import BLOCK_P, block_of, operand, pixels, rows_of, samples_at, tile_pixels
+from ._conv import (
+    BLOCK_P,
+    block_of,
+    operand,
+    pixels,
+    rows_of,
+    sample_numbers,
+    samples_at,
+    tile_pixels,
+)
 from ._conv_gradient import Output, conv_gradient, lazy_norm
 from ._launch import launch
 from ._moments import sum_partials
@@ -48,10 +57,8 @@ def _norm_relu_conv2d_sums_kernel(
         h_base = h_ptr
         if h_ptr is not None:
             h_base, _ = samples_at(h_ptr, g_index_ptr, first, n, ok, S * K)
-        samples = tl.where(ok, first + n, -1)
-        if g_index_ptr is not None:
-            samples = tl.load(g_index_ptr + first + n, mask=ok, other=-1).to(tl.int32)
-        g_ok = (ok & (samples >= 0))[:, None] & k_ok[None, :]
+        samples = sample_numbers(g_index_ptr, first, n, ok)
+        g_ok = (samples >= 0)[:, None] & k_ok[None, :]
         g = conv_gradient(
             g_base, h_base, row_scale_ptr, samples, (g_samples + s * K)[:, None] + k[None, :],
             g_ok, scale, h_mean, h_scale, mean_dz, slope, TRAINING,

@@ -31,8 +31,8 @@ _watcher: Callable[[Launch], AbstractContextManager[None]] | None = None
 def family() -> str:
     """What a kernel's configuration goes by: where tensor cores take the factors of a product from.
 
-    "wgmma": from shared memory, on NVIDIA's Hopper and Blackwell of data centres; "mma": from
-    registers, on its others; "hip": from registers, on AMD. Of a machine without a GPU "wgmma".
+    "tcgen05" and "wgmma": from shared memory, on NVIDIA's Blackwell of data centres and Hopper;
+    "mma": from registers, on its others; "hip": from registers, on AMD. Without a GPU "wgmma".
     """
     return _family or _of_machine()
 
@@ -48,7 +48,7 @@ def _of_machine() -> str:
 
 def family_of(major: int) -> str:
     """Of an NVIDIA GPU of compute capability major.x."""
-    return "wgmma" if major in (9, 10) else "mma"
+    return {9: "wgmma", 10: "tcgen05"}.get(major, "mma")
 
 
 @contextmanager

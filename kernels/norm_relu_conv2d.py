@@ -120,7 +120,7 @@ def norm_relu_conv2d_bwd(
     slab = dy.new_empty(P, weight.numel(), dtype=torch.float32)
     dweight = torch.empty_like(weight)
     dnorm = [empty_like_or_none(p) for p in (norm_weight, norm_bias)]
-    dz, sums = conv_backward(into, out, weight, stride, N, slab, 0)
+    dz, sums = conv_backward(into, out, weight, stride, N, slab)
     sums, written = norm_sums(sums, norm, dnorm, shared)
     dx = conv_dx(None, dz, None, x, norm, sums, *written, slab, dweight)
     dnorm_weight, dnorm_bias = or_empty(x, *dnorm)

@@ -1,4 +1,4 @@
-"""The pre-activation residual unit, forward in two kernels, backward in three to six.
+"""The pre-activation residual unit, forward in two kernels, backward in three to five.
 
     h = conv1(relu(norm1(x))),   y = shortcut + scale * conv2(relu(norm2(h)))
 
@@ -183,21 +183,26 @@ def preact_unit_bwd(
     dweight = weight1.new_empty(sum(sizes))
     P = chunks(weight2, 1, kept[1], dy.numel() // dy.shape[1], x.dtype)
     slab = dweight.new_empty(P, dweight.numel(), dtype=torch.float32)
+    slabs = slab.split(sizes, 1)
 
     into2 = Input(h, None, second)
     out2 = select(Output(dy, index, scale, row_scale), kept[1], branch)
-    dz2, sums2 = conv_backward(into2, out2, weight2, 1, branch, slab, sizes[0])
+    dz2, sums2 = conv_backward(into2, out2, weight2, 1, branch, slabs[1])
     into1 = Input(x, index, first)
     sums2, (dweight2, dbias2) = norm_sums(sums2, second, dnorm[2:], shared)
     out1 = Output(dz2, norm=second, h=h, sums=sums2, dweight=dweight2, dbias=dbias2)
     out1 = select(out1, kept[0], branch)
     if shortcut_weight is None:
-        dz1, sums1 = conv_backward(into1, out1, weight1, stride, branch, slab, 0)
+        dz1, sums1 = conv_backward(into1, out1, weight1, stride, branch, slabs[0])
         shortcut, dz_index = dy, position
     else:
-        conv_wgrad(into1, out1, weight1, stride, branch, slab, 0)
         whole, direct = Input(x, None, first), select(Output(dy), kept[2], N)
-        conv_wgrad(whole, direct, shortcut_weight, stride, N, slab, sizes[0] + sizes[1])
+        if index is None:
+            conv_wgrad(into1, out1, weight1, stride, N, slabs[0], direct, shortcut_weight, slabs[2])
+        else:
+            # Of all samples, where conv1 is of some.
+            conv_wgrad(into1, out1, weight1, stride, branch, slabs[0])
+            conv_wgrad(whole, direct, shortcut_weight, stride, N, slabs[2])
         out1 = dataclasses.replace(out1, index=position)
         dz1, sums1 = conv_dgrad(whole, out1, weight1, stride, N, direct, shortcut_weight)
         shortcut, dz_index = None, None

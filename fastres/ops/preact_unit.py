@@ -292,7 +292,7 @@ def preact_unit(
     with_moments: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, BatchMoments | None]:
-    """A pre-activation residual unit: on a GPU two kernels forward, three to six backward.
+    """A pre-activation residual unit: on a GPU two kernels forward, three to five backward.
 
     h = conv1(relu(norm1(x))),   y = shortcut + scale * row_scale * conv2(relu(norm2(h)))
 

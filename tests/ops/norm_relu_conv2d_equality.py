@@ -356,7 +356,7 @@ def small_tiles(fuses: bool = True) -> Iterator[None]:
     fused = {"FUSED_DTYPES": _FUSED_DTYPES if fuses else ()}
     with _limited(
         {
-            "_conv": {"BLOCK_M": 64, "MAX_CHUNKS": 3, "BLOCK_C": 32} | shared,
+            "_conv": {"BLOCK_M": 64, "MAX_CHUNKS": 3} | shared,
             "_conv_forward": shared,
             "_conv_dgrad": shared,
             "_conv_wgrad": {"PROGRAMS": 9, "BLOCK_C": 16} | shared,

@@ -104,8 +104,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     ),
     "the dgrad's taps are the forward's": (
         "_conv_dgrad",
-        "out_y + (odd_y - tap_y) // STRIDE, out_x",
-        "out_y + (odd_y + tap_y) // STRIDE, out_x",
+        "out_y + (odd_y - tap_y) // STRIDE,",
+        "out_y + (odd_y + tap_y) // STRIDE,",
         CONV,
     ),
     "the dgrad misses a block of channels": (
@@ -188,8 +188,32 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     ),
     "the weights' gradients overlap": (
         "preact_unit",
-        "slab, sizes[0] + sizes[1])",
-        "slab, sizes[0])",
+        "direct, shortcut_weight, slabs[2]",
+        "direct, shortcut_weight, slabs[1]",
+        PROJECTED,
+    ),
+    "the projection's gradient is of the row above": (
+        "_conv_wgrad",
+        "tap_row += PAD - TAPS",
+        "tap_row += PAD - 1 - TAPS",
+        PROJECTED,
+    ),
+    "the projection's gradient is of a tap beside": (
+        "_conv_wgrad",
+        "c_ok = c_ok & (tap == PAD)",
+        "c_ok = c_ok & (tap == 0)",
+        PROJECTED,
+    ),
+    "the projection's gradient goes by conv1's": (
+        "_conv_wgrad",
+        "if PROJECTS and projection:\n            base",
+        "if PROJECTS and tap_row > TAPS:\n            base",
+        PROJECTED,
+    ),
+    "the projection's gradient is of conv1's channels": (
+        "_conv_wgrad",
+        "k = channels_at(shortcut_order_ptr, places, places < K)",
+        "k = channels_at(order_ptr, places, places < K)",
         PROJECTED,
     ),
     "norm1's moments are of every sample, not the index's": (
@@ -248,8 +272,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
     ),
     "meProp's wgrad is of every channel": (
         "_conv_wgrad",
-        "c_ok, k_ok = (c < C) & (tap < TAPS), places < KEPT",
-        "c_ok, k_ok = (c < C) & (tap < TAPS), places < K",
+        "k_ok = places < kept",
+        "k_ok = places < K",
         PROJECTED,
     ),
     "meProp's dgrad takes the first channels": (

@@ -156,15 +156,17 @@ _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
 _BWD = "_norm_relu_conv2d_bwd_kernel"
 _SUMS, _ORDER = "_norm_relu_conv2d_sums_kernel", "_norm_relu_conv2d_order_kernel"
 # Two kernels forward, one more for the moments of x, and those of the running statistics; backward
-# five, three where one leaves both gradients of a convolution, and meProp two more for each.
+# five, one less for each convolution of which one leaves both gradients, and meProp two more.
 FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_running_kernel", "_update_running_kernel"]
 FUSED = [_BWD, _BWD, _DX]
 SPLIT = [_WGRAD, _DGRAD, _WGRAD, _DGRAD, _DX]
-MEPROP = [_SUMS, _ORDER, _WGRAD, _DGRAD, _SUMS, _ORDER, _WGRAD, _SUMS, _ORDER, _WGRAD, _DGRAD, _DX]
+PROJECTED = [_BWD, _WGRAD, _DGRAD, _DX]
+MEPROP = [_SUMS, _ORDER, _WGRAD, _DGRAD, _SUMS, _ORDER, _SUMS, _ORDER, _WGRAD, _DGRAD, _DX]
 # By what is traced: whether there is a projection, whether meProp, the dtype, and the backward.
 TRACED: list[tuple[bool, bool, torch.dtype, list[str]]] = [
     (False, False, torch.bfloat16, FUSED),
     (False, False, torch.float32, SPLIT),
+    (True, False, torch.bfloat16, PROJECTED),
     (True, True, torch.bfloat16, MEPROP),
 ]
 # What each kernel writes; PyTorch finds it in the kernel's IR, and takes all else as only read.
@@ -176,7 +178,7 @@ WRITTEN = {
     _BWD: {"dz_ptr", "partial_ptr", "dh_weight_ptr", "dh_bias_ptr", "slab_ptr"},
     # Places in the slab and in order are found by way of others, which PyTorch takes for writes: it
     # copies K numbers, and K for each chunk.
-    _WGRAD: {"slab_ptr", "order_ptr"},
+    _WGRAD: {"slab_ptr", "order_ptr", "shortcut_slab_ptr", "shortcut_order_ptr"},
     _SUMS: {"partial_ptr", "dh_weight_ptr", "dh_bias_ptr"},
     _ORDER: {"order_ptr", "partial_ptr"},
     _DX: {"dx_ptr", "dnorm_weight_ptr", "dnorm_bias_ptr", "dweight_ptr"},
