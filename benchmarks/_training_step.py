@@ -42,7 +42,10 @@ def providers(device: torch.device) -> dict[str, tuple[dict[str, Any], str | Non
         for mode in ("reduce-overhead", "max-autotune"):
             every[f"compile {mode} {half} channels_last"] = (amp, mode)
         every[f"fused compile reduce-overhead {half} channels_last"] = (fused, "reduce-overhead")
-        every[f"fused units {half} channels_last"] = (fused | {"fused_units": True}, None)
+        units = fused | {"fused_units": True}
+        every[f"fused units {half} channels_last"] = (units, None)
+        every[f"fused graph {half} channels_last"] = (fused | {"cuda_graph": True}, None)
+        every[f"fused units graph {half} channels_last"] = (units | {"cuda_graph": True}, None)
     return every
 
 
@@ -82,6 +85,25 @@ class Step:
         return loss
 
 
+class _GraphedStep(Step):
+    """By --cuda-graph: epoch 0 again and again, its images in their own order."""
+
+    def __call__(self) -> Tensor:
+        trainer, step = self.trainer, self.trainer.device_step
+        assert step is not None
+        if next(self._number) % trainer.steps_per_epoch == 0:
+            every = torch.arange(len(trainer.data.train), device=trainer.workers.device)
+            step.begin_epoch(0, every)
+            trainer.sums.begin()
+        step()
+        return trainer.sums.total
+
+
+def images(batch_size: int, device: torch.device) -> int:
+    """Images to train on: on a GPU several batches, so that an epoch's beginning weighs little."""
+    return batch_size * (8 if device.type == "cuda" else 1)
+
+
 def make_step(
     device: torch.device, data: Splits, settings: dict[str, Any], mode: str | None, **model: Any
 ) -> Step:
@@ -92,7 +114,7 @@ def make_step(
     if mode is not None:
         trainer.model.compile(mode=mode, dynamic=False)
     trainer.network.train()
-    return Step(trainer, mode)
+    return (_GraphedStep if config.cuda_graph else Step)(trainer, mode)
 
 
 def first_update(step: Step) -> Tensor:
@@ -107,13 +129,16 @@ def first_update(step: Step) -> Tensor:
 def needs(step: Step) -> Row:
     """What a warm step needs beside time: memory, and, on a GPU, launches and the host's time.
 
-    saved_bytes: storages kept for the backward that are neither parameters nor the data set.
+    saved_bytes: storages kept for the backward that are neither parameters nor the data set; not of
+        a replayed graph, which keeps what its step kept without it.
     peak_memory_bytes: of PyTorch's allocator, the model, its optimizer and the data in it.
     reserved_bytes: what the allocator holds: the pools of CUDA graphs show in this one alone.
     host_ms: until the step has been handed to the GPU, which is then still at it.
     kernels: what the GPU ran, copies among it; launches: calls by which the host started them.
     """
-    found: Row = {"saved_bytes": saved_bytes(step)}
+    found: Row = {}
+    if not step.trainer.config.cuda_graph:
+        found["saved_bytes"] = saved_bytes(step)
     if step.trainer.workers.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()

@@ -31,7 +31,7 @@ from _results import Row, WrongResult, is_out_of_memory, measured
 from _roofline import Ceilings, ceilings, roofline, work
 from _sheet import Sheet
 from _timing import percentiles, time_wall
-from _training_step import Step, first_update, make_step, needs, providers
+from _training_step import Step, first_update, images, make_step, needs, providers
 from torch import Tensor
 
 from fastres.data import Splits, split, synthetic
@@ -54,7 +54,8 @@ def bench(
     roof = ceilings(device, min(seconds, 0.5), small=seconds < 0.05)
     rates = ", ".join(f"{name} {rate:,.1f} TFLOP/s" for name, rate in roof.tflops.items())
     print(f"ceilings: copy {roof.copy_gb_per_s:,.0f} GB/s, {rates}", flush=True)
-    data = split(synthetic(max(size["batch_size"] for size in sizes), 20)).to(device)
+    largest = max(size["batch_size"] for size in sizes)
+    data = split(synthetic(images(largest, device), 20)).to(device)
     for size in sizes:
         wanted: Tensor | None = None
         begun = False
@@ -155,11 +156,13 @@ def _words(size: Row) -> str:
 
 
 def _text(row: Row) -> str:
+    saved = row.get("saved_bytes")
+    saves = "" if saved is None else f", saves {saved / 2**20:,.1f} MiB"
     text = (
         f"B={row['batch_size']:<5} depth={row['depth']:<4} width={row['width']:<3} "
         f"{row['provider']:45} {row['images_per_second']:11,.0f} images/s "
         f"{row['median_ms']:9.3f} ms [{row['low_ms']:.3f}, {row['high_ms']:.3f}] "
-        f"{row['share_of_roofline']:6.1%} of roofline, saves {row['saved_bytes'] / 2**20:,.1f} MiB"
+        f"{row['share_of_roofline']:6.1%} of roofline{saves}"
     )
     if "peak_memory_bytes" in row:
         peak = row["peak_memory_bytes"] / 2**20
@@ -230,7 +233,7 @@ def _cold_start(device: torch.device, size: Row, provider: str, limit: float) ->
 def first_step(device: torch.device, provider: str, size: Row) -> None:
     """One step in a process of its own; its parent holds the clock."""
     settings, mode = providers(device)[provider]
-    data = split(synthetic(size["batch_size"], 20)).to(device)
+    data = split(synthetic(images(size["batch_size"], device), 20)).to(device)
     settings = settings | {"batch_size": size["batch_size"]}
     step = make_step(device, data, settings, mode, depth=size["depth"], width=size["width"])
     print(f"{_SETTLED} this, loss {float(step()):.3f}", flush=True)
@@ -238,7 +241,7 @@ def first_step(device: torch.device, provider: str, size: Row) -> None:
 
 def ratio(device: torch.device, pairs: int, size: Row) -> dict[str, Any]:
     """How many times faster the fused step is than eager channels_last, step by step in turn."""
-    data = split(synthetic(size["batch_size"], 20)).to(device)
+    data = split(synthetic(images(size["batch_size"], device), 20)).to(device)
     every = providers(device)
     names = [n for n in every if n.startswith(("eager", "fused")) and "channels_last" in n][:2]
     model = {"depth": size["depth"], "width": size["width"]}

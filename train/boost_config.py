@@ -17,6 +17,7 @@ _LEFT_OUT: dict[str, tuple[Any, str]] = {
     "meprop_ratio": (None, "none: a growth takes dense backwards"),
     "micro_batches": (1, "1: start processes by torchrun"),
     "profile": (False, "train/main.py for it"),
+    "cuda_graph": (False, "train/main.py for it"),
 }
 # A retrained unit's learning rate, as a part of the first attempt's.
 RETRY_LR = 0.5

@@ -75,8 +75,11 @@ class DeviceStep:
         self._places = self._first.clone()
         self._order = torch.zeros(len(trainer.data.train), dtype=torch.int64, device=device)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Go to the first step of an epoch."""
+    def begin_epoch(self, epoch: int, order: Tensor | None = None) -> None:
+        """Go to the first step of an epoch.
+
+        order: int64 [training images], on the device; None: the epoch's own shuffle.
+        """
         trainer = self._trainer
         for group in trainer.optimizer.param_groups:
             group["lr"] = self._lr
@@ -84,9 +87,9 @@ class DeviceStep:
         self._epoch.fill_(epoch)
         self._step.fill_(self._number)
         self._places.copy_(self._first)
-        self._order.copy_(
-            shuffle(len(self._order), trainer.config.seed, epoch, trainer.workers.device)
-        )
+        if order is None:
+            order = shuffle(len(self._order), trainer.config.seed, epoch, trainer.workers.device)
+        self._order.copy_(order)
 
     def end_epoch(self) -> None:
         """Leave the optimizer with the learning rate of its last step, a number as elsewhere."""

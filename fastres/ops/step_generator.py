@@ -41,15 +41,23 @@ class StepGenerator:
         self._keys = {torch.device("cpu"): torch.tensor([seed, 0, rank])}
 
     def set_step(self, step: int) -> None:
-        """Every unit's next draw is that of this step, 0 <= step < 2**32; a launch a device."""
-        if not 0 <= step < 1 << 32:
-            raise ValueError(f"step: expected 0 <= step < 2**32, got {step}")
+        """Every unit's next draw is that of this step, 0 <= step < 2**32; a launch a device.
+
+        Raises:
+            ValueError: step out of range.
+        """
         self.decide(step)
         for key in self._keys.values():
             key[1:2].fill_(step)
 
     def decide(self, step: int) -> tuple[bool, ...]:
-        """The host's part of set_step: for each unit, whether it drops the whole batch."""
+        """The host's part of set_step: for each unit, whether it drops the whole batch.
+
+        Raises:
+            ValueError: step out of range.
+        """
+        if not 0 <= step < 1 << 32:
+            raise ValueError(f"step: expected 0 <= step < 2**32, got {step}")
         self._step = step
         for unit in self._units:
             unit.set_step(self.seed, step)

@@ -37,6 +37,25 @@ def test_one_generator_can_draw_for_every_rank(device: str) -> None:
     assert steps.rank == 2
 
 
+def test_the_hosts_part_and_the_devices_part_are_set_step(device: str) -> None:
+    """What a captured graph follows is a tensor; which units it has the host decides before."""
+    place = torch.empty(0, device=device).device
+    one, other = StepGenerator(9, rank=1), StepGenerator(9, rank=1)
+    units = [steps.unit(0.5) for steps in (one, other) for _ in range(6)]
+    seen = set()
+    for step in range(8):
+        one.set_step(step)
+        dropped = other.decide(step)
+        other.follow(torch.tensor(step, device=place))
+        assert dropped == tuple(unit.dropped for unit in units[:6])
+        assert dropped == tuple(unit.dropped for unit in units[6:])
+        assert torch.equal(one.key(place), other.key(place))
+        seen.add(dropped)
+    assert len(seen) > 1
+    with pytest.raises(ValueError, match="step: expected"):
+        other.decide(-1)
+
+
 def test_units_draw_by_number_and_step() -> None:
     steps = StepGenerator(11, rank=2)
     steps.set_step(4)
