@@ -124,7 +124,7 @@ class GraphedStep(DeviceStep):
     Graphs share one pool of memory, since they run one after the other.
 
     Raises:
-        TrainError: the trainer is where there are no CUDA graphs, or does what they cannot hold.
+        TrainError: the trainer is where there are no CUDA graphs.
     """
 
     def __init__(self, trainer: "Trainer") -> None:
@@ -156,22 +156,17 @@ class GraphedStep(DeviceStep):
         torch.cuda.synchronize()
         # A collection in the middle could free another graph's memory, which capture forbids.
         gc.collect()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # NCCL's own threads may ask the device something meanwhile, which is no part of the graph.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
             self.run()
         return graph
 
 
 def _check(trainer: "Trainer") -> None:
     """See that a graph can hold the trainer's step."""
-    workers = trainer.workers
-    if workers.device.type != "cuda":
+    device = trainer.workers.device
+    if device.type != "cuda":
         raise TrainError(
-            f"--cuda-graph: a CUDA graph needs a GPU, and this run is on {workers.device.type}; "
-            "leave it out"
-        )
-    if workers.world_size > 1:
-        raise TrainError(
-            f"--cuda-graph: holds the step of one process so far, and there are "
-            f"{workers.world_size}; leave it out, or run one process with --micro-batches "
-            f"{workers.world_size}"
+            f"--cuda-graph: a CUDA graph needs a GPU, this run is on {device.type}; leave it out"
         )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from config import Config
 from device_step import DeviceStep, EpochSums, GraphedStep
 from errors import TrainError
+from flat_gradients import FlatGradients
 from image_view import ImageView
 from micro_batches import MicroBatches
 from networks import build_model, to_half
@@ -115,7 +116,10 @@ class Trainer(ImageView):
         self.sums = EpochSums(device)
         self.meprop_dense = True
         self.network: nn.Module = self.model
-        if workers.world_size > 1:
+        self.gradients: FlatGradients | None = None
+        if workers.world_size > 1 and config.cuda_graph:
+            self.gradients = FlatGradients(self.model, workers)
+        elif workers.world_size > 1:
             self.network = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
@@ -202,6 +206,8 @@ class Trainer(ImageView):
             with self.phase("backward"):
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
+        if self.gradients is not None:
+            self.gradients.average()
         with self.phase("update"):
             stepped = self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -257,6 +263,8 @@ class Trainer(ImageView):
             ):
                 self._see_that_steps_are_taken()
             progress.step()
+        if self.gradients is not None:
+            self.gradients.check()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
         for t in (*self.model.parameters(), *self.model.buffers()):
             sums.total += 0.0 * t.detach().double().sum()
