@@ -113,6 +113,11 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
         name = f"C=16 {'fp32' if running is vector else 'half'} running, momentum={momentum}"
         with _recorded(found, f"{name}{'' if counter is None else ', counted'}"):
             batch_norm_relu.update_running(running, running, counter, vector, vector, momentum, 99)
+    for momentum, counter in ((0.1, batches), (None, batches), (0.1, None)):
+        name = f"two of C=16, momentum={momentum}{'' if counter is None else ', counted'}"
+        two, batch = (vector, vector, counter), (vector, vector)
+        with _recorded(found, name):
+            batch_norm_relu.update_two_running(two, two, batch, batch, (momentum,) * 2, (99, 99))
     return found
 
 

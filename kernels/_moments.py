@@ -114,7 +114,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def _update_running_kernel(
+def _move_running(
     running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, mean_ptr, var_ptr,
     C, momentum, count, BLOCK_C: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -141,6 +141,38 @@ def _update_running_kernel(
         running = tl.load(running_var_ptr + c, mask=ok, other=0.0).to(tl.float32)
         running = (1.0 - factor) * running + factor * var
         tl.store(running_var_ptr + c, running.to(running_var_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _update_running_kernel(
+    running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, mean_ptr, var_ptr,
+    C, momentum, count, BLOCK_C: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """One BatchNorm's running statistics."""
+    _move_running(
+        running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, mean_ptr, var_ptr,
+        C, momentum, count, BLOCK_C, CUMULATIVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _update_two_running_kernel(
+    running_mean1_ptr, running_var1_ptr, num_batches_tracked1_ptr, mean1_ptr, var1_ptr,
+    running_mean2_ptr, running_var2_ptr, num_batches_tracked2_ptr, mean2_ptr, var2_ptr,
+    C1, C2, momentum1, momentum2, count1, count2,
+    BLOCK_C: tl.constexpr, CUMULATIVE1: tl.constexpr, CUMULATIVE2: tl.constexpr,
+):  # fmt: skip
+    """Two BatchNorms', a program each."""
+    if tl.program_id(0) == 0:
+        _move_running(
+            running_mean1_ptr, running_var1_ptr, num_batches_tracked1_ptr, mean1_ptr, var1_ptr,
+            C1, momentum1, count1, BLOCK_C, CUMULATIVE1,
+        )  # fmt: skip
+    else:
+        _move_running(
+            running_mean2_ptr, running_var2_ptr, num_batches_tracked2_ptr, mean2_ptr, var2_ptr,
+            C2, momentum2, count2, BLOCK_C, CUMULATIVE2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -262,4 +294,23 @@ def update_running(
         running_mean, running_var, num_batches_tracked, mean, var,
         mean.numel(), 0.0 if momentum is None else momentum, count,
         BLOCK_C=UPDATE_BLOCK_C, CUMULATIVE=momentum is None, num_warps=4,
+    )  # fmt: skip
+
+
+def update_two_running(
+    running1: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    running2: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    batch1: tuple[torch.Tensor, torch.Tensor],
+    batch2: tuple[torch.Tensor, torch.Tensor],
+    momentum: tuple[float | None, float | None],
+    count: tuple[int, int],
+) -> None:
+    """update_running of two BatchNorms in one launch: means, variances and counters of each."""
+    momentum1, momentum2 = (0.0 if m is None else m for m in momentum)
+    launch(
+        _update_two_running_kernel, (2,),
+        *running1, *batch1, *running2, *batch2,
+        batch1[0].numel(), batch2[0].numel(), momentum1, momentum2, *count,
+        BLOCK_C=UPDATE_BLOCK_C, CUMULATIVE1=momentum[0] is None, CUMULATIVE2=momentum[1] is None,
+        num_warps=4,
     )  # fmt: skip

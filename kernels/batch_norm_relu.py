@@ -23,6 +23,7 @@ from ._moments import (
     moments,
     sum_partials,
     update_running,
+    update_two_running,
 )
 from ._normalize import batch_stats, passes, rstd_of, scale_and_bias
 from ._tiles import (
@@ -43,6 +44,7 @@ __all__ = [
     "empty_grads",
     "empty_outputs",
     "update_running",
+    "update_two_running",
 ]
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.ops._register import kernels, register_op
 from fastres.ops.batch_norm_relu import checked_batch_norm_relu
 
 
@@ -81,6 +82,57 @@ def norm_relu(x: Tensor, norm: Norm) -> Tensor:
     )  # fmt: skip
 
 
+@register_op(
+    "batch_norm_update_two_stats",
+    mutates_args=(
+        "running_mean1", "running_var1", "num_batches_tracked1",
+        "running_mean2", "running_var2", "num_batches_tracked2",
+    ),
+)  # fmt: skip
+def _update_two_stats(
+    running_mean1: Tensor,
+    running_var1: Tensor,
+    num_batches_tracked1: Tensor | None,
+    mean1: Tensor,
+    var1: Tensor,
+    momentum1: float | None,
+    count1: int,
+    running_mean2: Tensor,
+    running_var2: Tensor,
+    num_batches_tracked2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    momentum2: float | None,
+    count2: int,
+) -> None:
+    """batch_norm_update_stats of two BatchNorms, in one launch."""
+    kernels("batch_norm_relu", mean1).update_two_running(
+        (running_mean1, running_var1, num_batches_tracked1),
+        (running_mean2, running_var2, num_batches_tracked2),
+        (mean1, var1), (mean2, var2), (momentum1, momentum2), (count1, count2),
+    )  # fmt: skip
+
+
+@_update_two_stats.register_fake
+def _(
+    running_mean1: Tensor,
+    running_var1: Tensor,
+    num_batches_tracked1: Tensor | None,
+    mean1: Tensor,
+    var1: Tensor,
+    momentum1: float | None,
+    count1: int,
+    running_mean2: Tensor,
+    running_var2: Tensor,
+    num_batches_tracked2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    momentum2: float | None,
+    count2: int,
+) -> None:
+    return None
+
+
 def update_stats(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
     """Move a norm's running statistics toward the batch's, taken over `count` values."""
     if norm.training and norm.running_mean is not None:
@@ -88,3 +140,21 @@ def update_stats(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
             norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, var,
             norm.momentum, count,
         )  # fmt: skip
+
+
+def update_two_stats(
+    norm1: Norm, batch1: tuple[Tensor, Tensor, int], norm2: Norm, batch2: tuple[Tensor, Tensor, int]
+) -> None:
+    """update_stats for two norms, in one launch where both have something to move.
+
+    batch1, batch2: mean, var and count.
+    """
+    if any(not norm.training or norm.running_mean is None for norm in (norm1, norm2)):
+        update_stats(norm1, *batch1)
+        update_stats(norm2, *batch2)
+        return
+    first, second = (
+        (n.running_mean, n.running_var, n.num_batches_tracked, mean, var, n.momentum, count)
+        for n, (mean, var, count) in ((norm1, batch1), (norm2, batch2))
+    )
+    torch.ops.fastres.batch_norm_update_two_stats.default(*first, *second)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
-from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
+from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_two_stats
 from fastres.ops._norm_relu_conv2d_check import check_group, check_unit
 from fastres.ops._register import kernels, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
@@ -351,6 +351,7 @@ def preact_unit(
         *group,
     )  # fmt: skip
     seen = x if index is None or shortcut_weight is not None else index
-    update_stats(norm1, mean1, var1, group[1] * seen.shape[0] * x.shape[2] * x.shape[3])
-    update_stats(norm2, mean2, var2, group[1] * (h.numel() // h.shape[1]))
+    count1 = group[1] * seen.shape[0] * x.shape[2] * x.shape[3]
+    count2 = group[1] * (h.numel() // h.shape[1])
+    update_two_stats(norm1, (mean1, var1, count1), norm2, (mean2, var2, count2))
     return y, BatchMoments(y_partial) if with_moments else None

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +255,28 @@ def test_running_statistics(path: str, device: str, momentum: float | None) -> N
         for name, v in norm.state_dict().items():
             torch.testing.assert_close(v, peer.state_dict()[name], msg=name)
         assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("momentum", [(0.1, None), (None, 0.3), (1.0, 0.0)], ids=str)
+def test_two_running_statistics_at_once_are_two_in_turn(
+    device: str, momentum: tuple[float | None, float | None]
+) -> None:
+    """Bitwise; of other channels, counts and momentum each; a counter only where there is one."""
+    once: list[tuple[Any, ...]] = []
+    in_turn: list[tuple[Any, ...]] = []
+    for into in (once, in_turn):
+        torch.manual_seed(1)
+        for C, number, factor, count in ((5, 3, momentum[0], 12), (70, 8, momentum[1], 99)):
+            running, batch = torch.rand(2, C, device=device), torch.rand(2, C, device=device)
+            batches = None if factor == 0.0 else torch.tensor(number, device=device)
+            into.append((*running, batches, *batch, factor, count))
+    two = torch.ops.fastres.batch_norm_update_two_stats.default
+    torch.library.opcheck(two, (*copy.deepcopy(once[0]), *copy.deepcopy(once[1])))
+    two(*once[0], *once[1])
+    for norm in in_turn:
+        torch.ops.fastres.batch_norm_update_stats.default(*norm)
+    for a, b in zip((*once[0], *once[1]), (*in_turn[0], *in_turn[1]), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_moments_go_from_unit_to_unit(device: str) -> None:

@@ -155,9 +155,9 @@ _FWD, _DGRAD = "_norm_relu_conv2d_fwd_kernel", "_norm_relu_conv2d_dgrad_kernel"
 _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
 _BWD = "_norm_relu_conv2d_bwd_kernel"
 _SUMS, _ORDER = "_norm_relu_conv2d_sums_kernel", "_norm_relu_conv2d_order_kernel"
-# Two kernels forward, one more for the moments of x, and those of the running statistics; backward
+# Two kernels forward, one more for the moments of x, and that of the running statistics; backward
 # five, one less for each convolution of which one leaves both gradients, and meProp two more.
-FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_running_kernel", "_update_running_kernel"]
+FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_two_running_kernel"]
 FUSED = [_BWD, _BWD, _DX]
 SPLIT = [_WGRAD, _DGRAD, _WGRAD, _DGRAD, _DX]
 PROJECTED = [_BWD, _WGRAD, _DGRAD, _DX]
@@ -172,7 +172,11 @@ TRACED: list[tuple[bool, bool, torch.dtype, list[str]]] = [
 # What each kernel writes; PyTorch finds it in the kernel's IR, and takes all else as only read.
 WRITTEN = {
     "_moments_kernel": {"partial_ptr"},
-    "_update_running_kernel": {"running_mean_ptr", "running_var_ptr", "num_batches_tracked_ptr"},
+    "_update_two_running_kernel": {
+        f"{name}{i}_ptr"
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+        for i in (1, 2)
+    },
     _FWD: {"y_ptr", "shortcut_ptr", "y_partial_ptr", "mean_ptr", "var_ptr"},
     _DGRAD: {"dz_ptr", "partial_ptr", "dh_weight_ptr", "dh_bias_ptr"},
     _BWD: {"dz_ptr", "partial_ptr", "dh_weight_ptr", "dh_bias_ptr", "slab_ptr"},
