@@ -7,12 +7,14 @@ device, and a DeviceStep is the same calls every time, with a graph or without o
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from errors import TrainError
 from torch import Tensor
 
+from fastres.data import ImageSet
 from fastres.ops import shuffle
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ WARMUP = 2
 # Graphs that are kept; what stochastic depth by "batch" leaves out is a graph of its own each time,
 # and a step whose graph has no place any more runs without one.
 MOST_GRAPHS = 64
+# NCCL's own threads may ask the device something meanwhile, which is no part of a graph.
+_CAPTURE = "thread_local"
 
 
 class EpochSums:
@@ -156,11 +160,48 @@ class GraphedStep(DeviceStep):
         torch.cuda.synchronize()
         # A collection in the middle could free another graph's memory, which capture forbids.
         gc.collect()
-        # NCCL's own threads may ask the device something meanwhile, which is no part of the graph.
-        mode = "thread_local"
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=_CAPTURE):
             self.run()
         return graph
+
+
+class GraphedCount:
+    """A count of right answers in evaluation, a graph for each set of images.
+
+    A batch of another size than the set's first, as the last one is, runs without.
+
+    Args:
+        count: of images at an index, int64 []: reads nothing on the host.
+    """
+
+    def __init__(self, count: Callable[[ImageSet, Tensor], Tensor]) -> None:
+        self._count = count
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._sizes: dict[int, int] = {}
+
+    def __call__(self, images: ImageSet, index: Tensor) -> Tensor:
+        size = self._sizes.get(id(images))
+        if size is None:
+            # The first batch prepares what a capture must find done.
+            self._sizes[id(images)] = len(index)
+        if size != len(index):
+            return self._count(images, index)
+        if id(images) not in self._graphs:
+            self._graphs[id(images)] = self._capture(images, index)
+        graph, source, counted = self._graphs[id(images)]
+        source.copy_(index)
+        graph.replay()
+        return counted
+
+    def _capture(
+        self, images: ImageSet, index: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        source, graph = index.clone(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        gc.collect()
+        with torch.cuda.graph(graph, capture_error_mode=_CAPTURE):
+            counted = self._count(images, source)
+        return graph, source, counted
 
 
 def _check(trainer: "Trainer") -> None:

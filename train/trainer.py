@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from config import Config
-from device_step import DeviceStep, EpochSums, GraphedStep
+from device_step import DeviceStep, EpochSums, GraphedCount, GraphedStep
 from errors import TrainError
 from flat_gradients import FlatGradients
 from image_view import ImageView
@@ -130,7 +130,11 @@ class Trainer(ImageView):
         self.micro_batches = MicroBatches(
             config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler
         )
-        self.device_step: DeviceStep | None = GraphedStep(self) if config.cuda_graph else None
+        self.device_step: DeviceStep | None = None
+        self.count_correct = self.right_answers
+        if config.cuda_graph:
+            self.device_step = GraphedStep(self)
+            self.count_correct = GraphedCount(self.right_answers)
 
     def make_model(self) -> ResNet:
         """The model to train, in fp32."""
@@ -329,10 +333,14 @@ class Trainer(ImageView):
         mine = torch.arange(len(images), device=self.workers.device)[rank::world_size]
         correct = torch.zeros((), dtype=torch.int64, device=self.workers.device)
         for index in mine.split(_EVAL_BATCH):
-            with self._autocast():
-                logits = self.predict(images, index)
-            correct += (logits.argmax(1) == images.labels[index]).sum()
+            correct += self.count_correct(images, index)
         return 100.0 * int(self.workers.sum_(correct)) / len(images)
+
+    def right_answers(self, images: ImageSet, index: Tensor) -> Tensor:
+        """int64 [], of these images, by the mode that the model is in."""
+        with self._autocast():
+            logits = self.predict(images, index)
+        return (logits.argmax(1) == images.labels[index]).sum()
 
     def predict(self, images: ImageSet, index: Tensor) -> Tensor:
         """Logits of images as they are, in the mode that the model is in."""

@@ -50,6 +50,11 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
 
+def accuracies(out: Path) -> list[list[float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [[v for name, v in record.items() if "accuracy" in name] for record in records]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_bitwise_that_of_the_hosts_steps(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +115,15 @@ def test_the_same_calls_go_from_step_to_step() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_count_of_right_answers_reads_nothing_on_the_host() -> None:
+    trainer = trainer_of(CPU, "cpu")
+    trainer.model.eval()
+    dev = trainer.data.dev
+    with torch.inference_mode(), ReadsOnTheHost():  # raises
+        right = trainer.right_answers(dev, torch.arange(100))
+    assert right.dtype == torch.int64 and right.shape == ()
+
+
 def test_sums_leave_out_what_overflowed() -> None:
     sums = EpochSums(torch.device("cpu"))
     yes, no = torch.tensor(True), torch.tensor(False)
@@ -156,6 +170,7 @@ def test_a_graphed_run_is_bitwise_the_ungraphed_one(method: str, tmp_path: Path)
     assert main([*flags, "--cuda-graph", "--out", str(graphed)]) == 0
     assert same(tensors_of(plain), tensors_of(graphed))
     assert losses(plain) == losses(graphed)
+    assert accuracies(plain) == accuracies(graphed)
 
 
 @pytest.mark.gpu
