@@ -20,6 +20,7 @@ from fastres.kernels import (
     meprop,
     preact_unit,
     sgd_step,
+    stem_conv2d,
     stochastic_depth_add,
     unscale,
 )
@@ -309,6 +310,26 @@ def _preact_unit_step(
         )  # fmt: skip
 
 
+def stem_conv2d_variants(dtype: torch.dtype) -> list[Variant]:
+    """Of fp16 all, of the others a few, as of preact_unit."""
+    found: list[Variant] = []
+    # What ResNets on small images begin with; then the widest, and one with a part of a block.
+    shapes = [(3, 16, 32), (3, 64, 32), (1, 16, 28), (4, 128, 32), (3, 48, 7)]
+    for C, K, side in shapes if dtype == torch.float16 else shapes[:2]:
+        for fmt in FORMATS:
+            x, y = _empty((128, C, side, side), dtype, fmt), _empty((128, K, side, side), dtype)
+            weight = _empty((K, C, 3, 3), torch.float32)
+            name = f"C={C} K={K} {side}x{side} {fmt}"
+            with _recorded(found, f"{name} fwd"):
+                stem_conv2d.stem_conv2d_fwd(x, weight, True)
+            with _recorded(found, f"{name} bwd"):
+                stem_conv2d.stem_conv2d_bwd(y, x, weight)
+    x, weight = _empty((128, 3, 32, 32), dtype), _empty((16, 3, 3, 3), torch.float32)
+    with _recorded(found, "C=3 K=16 32x32 NHWC fwd without moments"):
+        stem_conv2d.stem_conv2d_fwd(x, weight, False)
+    return found
+
+
 # Another op's launches: a function from a dtype to its variants, here.
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
@@ -319,6 +340,7 @@ OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "sgd_step": sgd_step_variants,
     "meprop": meprop_variants,
     "preact_unit": preact_unit_variants,
+    "stem_conv2d": stem_conv2d_variants,
 }
 
 

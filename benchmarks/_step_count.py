@@ -158,9 +158,12 @@ class _Calls(TorchDispatchMode):
             keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
             with self:
                 out = func.redispatch(keys, *args, **kwargs)
-            if func.overloadpacket.__name__ == "preact_unit":
+            name = func.overloadpacket.__name__
+            if name == "preact_unit":
                 y, _, h, *_ = out
                 self.account.conv_outputs += _bytes(y) + _bytes(h)
+            elif name == "stem_conv2d":
+                self.account.conv_outputs += _bytes(out[0])
             return out
         out = func(*args, **kwargs)
         # detach_ and its like are written as changes and change no element.

@@ -34,6 +34,7 @@ _GRACE = 90.0
 # A timer takes no infinity.
 _LONGEST = 10.0**6
 _OPS = (
+    "stem_conv2d",
     "augment",
     "unscale",
     "cast",

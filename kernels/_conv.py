@@ -7,6 +7,7 @@ that divisions cost little and masks fold; the number of samples is none.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +177,12 @@ def blocks_of(inner: int, outer: int, taps: int, dtype: torch.dtype) -> Blocks:
 def merges(C: int, dtype: torch.dtype) -> bool:
     """Whether a kernel that reads C channels merges their partials itself: all are one block."""
     return C <= blocks_of(C, C, 3, dtype).inner
+
+
+def moments_pixels(shape: Sequence[int], dtype: torch.dtype) -> Pixels:
+    """How the pixels of an activation [N, K, H, W] are cut whose moments its producer leaves."""
+    N, K, H, W = shape
+    return pixels(N * H * W, blocks_of(K, K, 3, dtype).rows)
 
 
 def block_of(C: int, most: int = BLOCK_C) -> int:

@@ -30,7 +30,7 @@ from ._conv import (
     weight_taps,
 )
 from ._launch import launch
-from ._moments import Moments, Stats
+from ._moments import Moments, Stats, merge_tile
 from ._normalize import batch_stats, normalized, rstd_of, scale_and_bias
 
 
@@ -135,17 +135,8 @@ def _norm_relu_conv2d_fwd_kernel(
         y = y.to(dtype)
         tl.store(y_ptr + base + at, y, mask=mk_ok)
         if y_partial_ptr is not None:
-            # Of what is stored, as the next layer sees it; about the tile's own mean, and then
-            # merged (Chan et al. 1983).
-            y = y.to(tl.float32)
-            count = tl.minimum(end - m_start, BLOCK_M).to(tl.float32)
-            tile_mean = tl.sum(tl.where(mk_ok, y, 0.0), 0) / count
-            spread = tl.where(mk_ok, y - tile_mean[None, :], 0.0)
-            total = seen + count
-            delta = tile_mean - y_mean
-            y_mean += delta * (count / total)
-            y_m2 += tl.sum(spread * spread, 0) + delta * (delta * (seen * count / total))
-            seen = total
+            count = tl.minimum(end - m_start, BLOCK_M)
+            y_mean, y_m2, seen = merge_tile(y, mk_ok, count, y_mean, y_m2, seen)
     if y_partial_ptr is not None:
         chunks = tl.num_programs(0)
         tl.store(y_partial_ptr + pid * K + k, y_mean, mask=k_ok)

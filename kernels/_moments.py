@@ -59,6 +59,25 @@ def merge_moments(partial_ptr, c, c_ok, M, C, P, CHUNK, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def merge_tile(v, ok, count, mean, m2, seen):
+    """A chunk's moments [BLOCK_C], of `seen` rows, with those of a tile of `count` rows merged in.
+
+    v [BLOCK_M, BLOCK_C]: as it is stored, which is what the next layer sees. Also returns how many
+    rows these are.
+    """
+    # About the tile's own mean, and then merged (Chan et al. 1983).
+    v = v.to(tl.float32)
+    count = count.to(tl.float32)
+    tile_mean = tl.sum(tl.where(ok, v, 0.0), 0) / count
+    spread = tl.where(ok, v - tile_mean[None, :], 0.0)
+    total = seen + count
+    delta = tile_mean - mean
+    mean += delta * (count / total)
+    m2 += tl.sum(spread * spread, 0) + delta * (delta * (seen * count / total))
+    return mean, m2, total
+
+
+@triton.jit
 def sum_partials(partial_ptr, c, c_ok, C, P, BLOCK_P: tl.constexpr):
     """Sum over P of a [P, C] fp32 slab, for channels c [BLOCK_C], in a fixed order."""
     total = tl.zeros_like(c).to(tl.float32)
@@ -189,18 +208,21 @@ def _merge_moments_kernel(
 
 @triton.jit
 def _sum_partials_kernel(partial_ptr, sums_ptr, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sums [B, C] fp32 from partial [B, P, C]."""
+    """sums [B, C] from partial [B, P, C] fp32."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     batch = tl.program_id(1)
     total = sum_partials(partial_ptr + batch * P * C, c, c_ok, C, P, BLOCK_P)
-    tl.store(sums_ptr + batch * C + c, total, mask=c_ok)
+    tl.store(sums_ptr + batch * C + c, total.to(sums_ptr.dtype.element_ty), mask=c_ok)
 
 
-def merged_sums(partial: torch.Tensor) -> torch.Tensor:
-    """[B, C] fp32 from partial [B, P, C], in a fixed order."""
+def merged_sums(partial: torch.Tensor, sums: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, C] from partial [B, P, C] fp32, in a fixed order.
+
+    sums: where they go, B * C elements of any dtype one after the other in memory; None: [B, C].
+    """
     B, P, C = partial.shape
-    sums = partial.new_empty(B, C)
+    sums = partial.new_empty(B, C) if sums is None else sums
     launch(
         _sum_partials_kernel, (triton.cdiv(C, MERGE_BLOCK_C), B),
         partial, sums, C, P, BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,

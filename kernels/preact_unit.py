@@ -13,7 +13,7 @@ import functools
 
 import torch
 
-from ._conv import as_nhwc, blocks_of, conv2d_shape, empty_nhwc, pixels
+from ._conv import as_nhwc, conv2d_shape, empty_nhwc, moments_pixels
 from ._conv_backward import chunks, conv_backward
 from ._conv_dgrad import conv_dgrad
 from ._conv_dx import conv_dx
@@ -37,8 +37,7 @@ Vector = torch.Tensor | None
 
 def moments_chunk(y: torch.Tensor) -> int:
     """Pixels of a chunk of the moments that a unit leaves of its output y."""
-    N, K, H, W = y.shape
-    return pixels(N * H * W, blocks_of(K, K, 3, y.dtype).rows).chunk
+    return moments_pixels(y.shape, y.dtype).chunk
 
 
 def empty_outputs(

@@ -11,6 +11,7 @@ from fastres.ops import (
     BatchNormReLU2d,
     MePropConv2d,
     PreActUnit,
+    StemConv2d,
     StochasticDepth,
     takes_kernels,
 )
@@ -56,6 +57,9 @@ def fused_ops(trainer: "Trainer") -> str:
     units = [m for m in trainer.model.modules() if isinstance(m, PreActUnit) and m.whole and triton]
     norms = [m for m in trainer.model.modules() if isinstance(m, BatchNormReLU2d)]
     counts = {
+        "stem_conv2d": sum(
+            isinstance(m, StemConv2d) and m.fused and triton for m in trainer.model.modules()
+        ),
         "preact_unit": len(units),
         # A unit that is one op has two of them, which it does not call.
         "batch_norm_relu": len(norms) - 2 * len(units),

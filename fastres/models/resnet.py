@@ -10,7 +10,14 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import BatchNormReLU2d, MePropConv2d, PreActUnit, StepGenerator, StochasticDepth
+from fastres.ops import (
+    BatchNormReLU2d,
+    MePropConv2d,
+    PreActUnit,
+    StemConv2d,
+    StepGenerator,
+    StochasticDepth,
+)
 from fastres.ops._samples import take_samples
 from fastres.ops.preact_unit_module import Conv, PadShortcut, plain_conv
 from fastres.ops.stochastic_depth_add import check_drop
@@ -151,7 +158,9 @@ class ResNet(nn.Module):
                 return plain_conv(*sizes)
             return MePropConv2d(*sizes, bias=False, ratio=meprop_ratio, mode=meprop_mode)
 
-        self.stem: nn.Module = conv(3, width, 3, 1, 1)
+        # meProp's backward is not the op's.
+        fused_stem = fused_units and meprop_ratio is None
+        self.stem: nn.Module = StemConv2d(3, width) if fused_stem else conv(3, width, 3, 1, 1)
         self.stem_bn = None if preact else norm_relu(width)
         units: list[nn.Module] = []
         channels, number = width, (depth - 2) // 2
@@ -189,10 +198,13 @@ class ResNet(nn.Module):
                 module.zero_branch()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        moments = None
+        if isinstance(self.stem, StemConv2d):
+            x, moments = self.stem(x, True)
+        else:
+            x = self.stem(x)
         if self.stem_bn is not None:
             x = self.stem_bn(x)
-        moments = None
         for unit in self.units:
             if isinstance(unit, PreActUnit):
                 x, moments = unit(x, moments, True)

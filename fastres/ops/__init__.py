@@ -11,6 +11,7 @@ from fastres.ops.norm_relu_conv2d import NormReLUConv2d, norm_relu_conv2d
 from fastres.ops.preact_unit import BatchMoments, preact_unit
 from fastres.ops.preact_unit_module import PreActUnit
 from fastres.ops.sgd_step import flat_offsets, sgd_step
+from fastres.ops.stem_conv2d import StemConv2d, stem_conv2d
 from fastres.ops.step_generator import StepGenerator, UnitGenerator
 from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
 from fastres.ops.stochastic_depth_unit import StochasticDepth, StochasticDepthUnit
@@ -24,6 +25,7 @@ __all__ = [
     "Norm",
     "NormReLUConv2d",
     "PreActUnit",
+    "StemConv2d",
     "StepGenerator",
     "StochasticDepth",
     "StochasticDepthAdd",
@@ -39,6 +41,7 @@ __all__ = [
     "preact_unit",
     "sgd_step",
     "shuffle",
+    "stem_conv2d",
     "stochastic_depth_add",
     "takes_kernels",
     "unscale",

@@ -32,6 +32,7 @@ OPS = {
         {"forward", "backward"},
     ),
     "preact_unit": ({"fastres", "layers", "eager", *COMPILED}, {"forward", "backward"}),
+    "stem_conv2d": ({"fastres", "eager", *COMPILED}, {"forward", "backward"}),
     "augment": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "cast": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "unscale": ({"fastres", "eager", *COMPILED}, {"forward"}),

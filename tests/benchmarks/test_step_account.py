@@ -149,6 +149,14 @@ def test_the_program_puts_fused_beside_eager(tmp_path: Path) -> None:
     # the first's convolutions and of the second's conv2, and for each of the others two.
     units = {"fwd": 6, "bwd": 3, "dgrad": 3, "wgrad": 3, "dx": 3}
     assert {name: launches[f"_norm_relu_conv2d_{name}_kernel"] for name in units} == units
+    # The first unit's moments come with the stem's output, and the others' with a unit's: the one
+    # launch is the last BatchNorm's, beside one in each of the model's seven without fused units.
+    assert launches["_stem_conv2d_fwd_kernel"] == launches["_stem_conv2d_wgrad_kernel"] == 1
+    rows = [row for row in content["rows"] if row["name"] == "_moments_kernel"]
+    assert [row["launches"] for row in rows] == [1, 7]
+    # A pass is the same bytes, by whichever kernels.
+    passes = [row["bytes_per_image"] / row["passes"] for row in totals.values()]
+    assert passes == pytest.approx(passes[:1] * 3)
     # The ReLU in the BatchNorm's kernels is a pass less each way, at any size.
     assert totals["fused"]["passes"] < totals["eager"]["passes"]
     assert "total" in done.stdout.splitlines()[-1]

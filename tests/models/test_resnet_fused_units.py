@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.norm_relu_conv2d_equality import few_programs
+from ops.norm_relu_conv2d_equality import Watch, few_programs
 from tolerances import MODEL_RELATIVE, STEPS_RELATIVE
 
 from fastres.models import ResNet
-from fastres.ops import PreActUnit, StepGenerator, _register
+from fastres.ops import MePropConv2d, PreActUnit, StemConv2d, StepGenerator, _register
 
 
 def _models(device: str, **settings: Any) -> tuple[ResNet, ResNet, ResNet]:
@@ -123,6 +123,20 @@ def test_two_steps_of_one_seed_are_bitwise_one(device: str) -> None:
         results.append([p.grad for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_the_stem_hands_its_moments_to_the_first_unit(device: str) -> None:
+    model, _, _ = _models(device, keep_units=1)
+    x, _ = _images(4, device)
+    assert isinstance(model.stem, StemConv2d) and model.stem.fused
+    for training in (True, False):
+        model.train(training)
+        with few_programs(), Watch("stem_conv2d") as stem, Watch("preact_unit") as unit:
+            model(x)
+        (_, left), given = stem.out, unit.args[1]
+        assert torch.equal(left, given) if training else given is None and not left.numel()
+    # meProp's convolution has another backward, and leaves none.
+    assert type(ResNet(8, fused_units=True, meprop_ratio=0.5).stem) is MePropConv2d
 
 
 def test_what_does_not_fit_is_refused() -> None:

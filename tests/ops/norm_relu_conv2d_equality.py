@@ -339,7 +339,7 @@ _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def few_programs() -> Iterator[None]:
     """Tiles of their true size, but one program for the sums of many a weight's gradient."""
     fused = {"FUSED_DTYPES": _FUSED_DTYPES}
-    with _limited({"_conv_dx": {"BLOCK": 2048}, "_conv_backward": fused}):
+    with limited({"_conv_dx": {"BLOCK": 2048}, "_conv_backward": fused}):
         yield
 
 
@@ -354,7 +354,7 @@ def small_tiles(fuses: bool = True) -> Iterator[None]:
     """
     shared = {"BLOCK_P": 2}
     fused = {"FUSED_DTYPES": _FUSED_DTYPES if fuses else ()}
-    with _limited(
+    with limited(
         {
             "_conv": {"BLOCK_M": 64, "MAX_CHUNKS": 3} | shared,
             "_conv_forward": shared,
@@ -371,7 +371,8 @@ def small_tiles(fuses: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _limited(limits: dict[str, dict[str, Any]]) -> Iterator[None]:
+def limited(limits: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Other values for constants of the kernels' modules."""
     package = _register._import_kernels("preact_unit").__package__
     with ExitStack() as stack:
         for module, values in limits.items():
