@@ -9,7 +9,8 @@ in Triton's interpreter, where every load and store is counted as it is executed
 calls are counted as they are dispatched (_step_count.py says how). It is the second step that
 counts: the first makes the optimizer's buffers.
 
-"fused units" is "fused" with each residual unit as one op. One pass is the bytes of all
+"fused units" is "fused" with each residual unit as one op; "fused units graph" what a CUDA graph of
+that step holds, which is one launch itself. One pass is the bytes of all
 convolutions' outputs but the projections', in the dtype that the step runs in. Reads count each
 address once a launch; "again" is what a kernel loads beyond that, and leaves to the caches. At a
 small batch the partial sums and the slabs of the weights' gradients, which hardly grow with it,
@@ -22,7 +23,8 @@ torch.compile is left out: what Inductor fuses for a CPU is not what it fuses fo
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from _program import aligned, finish
 from _results import Row
 from _step_count import Account, Traffic, counted
 from config import Config
+from device_step import DeviceStep
 from errors import TrainError
 from trainer import Trainer
 from workers import Workers
@@ -45,6 +48,7 @@ from fastres.data import split, synthetic
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "fused units": {"fused": True, "fused_units": True},
+    "fused units graph": {"fused": True, "fused_units": True, "cuda_graph": True},
     "fused": {"fused": True},
     "eager": {"fused": False},
 }
@@ -52,15 +56,22 @@ PROVIDERS: dict[str, dict[str, Any]] = {
 
 def account_of(provider: str, batch_size: int, side: int = 32, **settings: Any) -> Account:
     """One training step of a provider, counted, on images of `side` pixels a side."""
-    config = Config(dataset="synthetic", batch_size=batch_size, **(PROVIDERS[provider] | settings))
+    settings = PROVIDERS[provider] | settings
+    graphed = settings.pop("cuda_graph", False)
+    config = Config(dataset="synthetic", batch_size=batch_size, **settings)
     data = split(synthetic(batch_size, 20, side))
     trainer = Trainer(config, Workers(0, 1, 0, torch.device("cpu")), data)
     trainer.network.train()
     index = torch.arange(batch_size)
     # One image is enough to make the optimizer's buffers, and the interpreter is slow.
     trainer.train_step(index[:1], 0)
+    take: Callable[[], Any] = partial(trainer.train_step, index, 1)
+    if graphed:
+        step = DeviceStep(trainer)
+        step.begin_epoch(0)
+        take = step.run
     with counted() as account:
-        trainer.train_step(index, 1)
+        take()
     return account
 
 

@@ -161,10 +161,8 @@ def _rows(weight: torch.Tensor, dtype: torch.dtype) -> int:
 def _constants(x: torch.Tensor, weight: torch.Tensor) -> dict[str, int | bool]:
     K, C, H, W = *weight.shape[:2], *x.shape[2:]
     nhwc = x.is_contiguous(memory_format=torch.channels_last)
-    return {
-        "C": C, "K": K, "H": H, "W": W, "NHWC": nhwc, "LANES": _lane_count(C),
-        "BLOCK_K": block_of(K), "num_warps": 8 if block_of(K) > 32 else 4,
-    }  # fmt: skip
+    lanes = _lane_count(C)
+    return {"C": C, "K": K, "H": H, "W": W, "NHWC": nhwc, "LANES": lanes, "BLOCK_K": block_of(K)}
 
 
 def stem_conv2d_fwd(
@@ -178,10 +176,14 @@ def stem_conv2d_fwd(
     """
     y, partial = empty_outputs(x, weight, with_moments)
     cut, K = moments_pixels(y.shape, y.dtype), weight.shape[0]
+    rows = min(cut.BLOCK_M, _rows(weight, x.dtype))
+    # The partials' number limits that of the programs, and loads take their time: eight warps where
+    # the tile is large enough.
+    large = rows * max(_lane_count(weight.shape[1]), block_of(K)) >= 4096
     launch(
         _stem_conv2d_fwd_kernel, (cut.P, triton.cdiv(K, block_of(K))),
         x, weight, y, partial if with_moments else None, cut.M, cut.chunk, *weight.stride(),
-        **_constants(x, weight), BLOCK_M=min(cut.BLOCK_M, _rows(weight, x.dtype)),
+        **_constants(x, weight), BLOCK_M=rows, num_warps=8 if large else 4,
     )  # fmt: skip
     return y, partial
 
@@ -195,7 +197,7 @@ def stem_conv2d_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> 
     launch(
         _stem_conv2d_wgrad_kernel, (cut.P, columns),
         as_nhwc(dy), x, slab, cut.M, cut.chunk, slab.stride(0), *weight.stride(),
-        **_constants(x, weight), BLOCK_M=cut.BLOCK_M,
+        **_constants(x, weight), BLOCK_M=cut.BLOCK_M, num_warps=8 if block_of(K) > 32 else 4,
     )  # fmt: skip
     dweight = torch.empty_like(weight)
     merged_sums(slab[None], dweight)
