@@ -18,12 +18,12 @@ from ._normalize import rstd_of, scale_and_bias
 @triton.jit
 def lazy_norm(
     partial_ptr, mean_ptr, var_ptr, weight_ptr, dweight_ptr, dbias_ptr, k, k_ok, ROWS, K, P, eps,
-    writes, TRAINING: tl.constexpr, BLOCK_P: tl.constexpr,
+    writes, TRAINING: tl.constexpr, BLOCK_P: tl.constexpr, factor_ptr=None,
 ):  # fmt: skip
     """BatchNorm's backward g = scale * (dz - mean_dz - (h - mean) * slope): the four vectors.
 
     partial_ptr: [2, P, K], sums of dz and of dz * (h - mean). In evaluation mean_dz and slope are
-    0. By who writes also dweight and dbias.
+    0. By who writes also dweight and dbias. factor_ptr: a scalar, a factor of the sums.
     """
     mean = tl.load(mean_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + k, mask=k_ok, other=1.0).to(tl.float32)
@@ -31,6 +31,10 @@ def lazy_norm(
     scale, _ = scale_and_bias(weight_ptr, None, rstd, k, k_ok)
     sum_dz = sum_partials(partial_ptr, k, k_ok, K, P, BLOCK_P)
     sum_dzh = sum_partials(partial_ptr + P * K, k, k_ok, K, P, BLOCK_P)
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr)
+        sum_dz *= factor
+        sum_dzh *= factor
     if writes:
         if dweight_ptr is not None:
             dweight = (sum_dzh * rstd).to(dweight_ptr.dtype.element_ty)

@@ -5,6 +5,7 @@ from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
 from fastres.ops.cast import cast
+from fastres.ops.classifier_cross_entropy import classifier_cross_entropy
 from fastres.ops.meprop_conv2d import MePropConv2d, meprop_conv2d
 from fastres.ops.meprop_linear import MePropLinear, meprop_linear
 from fastres.ops.norm_relu_conv2d import NormReLUConv2d, norm_relu_conv2d
@@ -34,6 +35,7 @@ __all__ = [
     "augment",
     "batch_norm_relu",
     "cast",
+    "classifier_cross_entropy",
     "flat_offsets",
     "meprop_conv2d",
     "meprop_linear",
