@@ -17,6 +17,7 @@ from fastres.kernels import (
     augment,
     batch_norm_relu,
     cast,
+    classifier_cross_entropy,
     meprop,
     preact_unit,
     sgd_step,
@@ -330,6 +331,31 @@ def stem_conv2d_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def classifier_cross_entropy_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    # ResNet-20's, and what no ResNet on 32x32 images meets: moments that a launch of their own
+    # merges, a weight that is several blocks; one class, one pixel.
+    shapes = [(64, 8, 10), (16, 32, 10), (128, 7, 100), (512, 7, 128), (48, 1, 1)]
+    kinds = {"train": (True, True), "eval": (False, True), "eval alone": (False, False)}
+    for (C, side, classes), (kind, (trains, kept)) in itertools.product(shapes, kinds.items()):
+        name = f"C={C} {side}x{side} {classes} classes {kind}"
+        x, c = _empty((128, C, side, side), dtype), _empty((C,), torch.float32)
+        weight, bias = _empty((classes, C), torch.float32), _empty((classes,), torch.float32)
+        with record():
+            moments = batch_moments(x)
+        given = (moments.partial, moments.chunk, None, None) if trains else (None, 0, c, c)
+        affine, target = (c, c, weight, bias), _empty((128,), torch.int64)
+        with _recorded_one_by_one(found, f"{name} fwd"):
+            loss, _, _, _, dlogits, *sums = classifier_cross_entropy.classifier_cross_entropy_fwd(
+                x, *given, *affine, target, 0.1, 1e-5, kept
+            )
+        if kept:
+            of_x, rest = (loss, x, c, c, c, c), (weight, bias, dlogits, *sums)
+            with _recorded(found, f"{name} bwd"):
+                classifier_cross_entropy.classifier_cross_entropy_bwd(*of_x, *rest, 1e-5, trains)
+    return found
+
+
 # Another op's launches: a function from a dtype to its variants, here.
 OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "batch_norm_relu": batch_norm_relu_variants,
@@ -341,6 +367,7 @@ OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "meprop": meprop_variants,
     "preact_unit": preact_unit_variants,
     "stem_conv2d": stem_conv2d_variants,
+    "classifier_cross_entropy": classifier_cross_entropy_variants,
 }
 
 

@@ -43,6 +43,7 @@ _OPS = (
     "meprop_linear",
     "meprop_conv2d",
     "stochastic_depth_add",
+    "classifier_cross_entropy",
 )
 
 

@@ -21,16 +21,16 @@ import triton.language as tl
 from ._conv import BLOCK_P, block_of
 from ._conv_gradient import lazy_norm
 from ._launch import launch
-from ._moments import Moments, Stats, stats_of
+from ._moments import Moments, stats_of
 from ._normalize import batch_stats, normalized, passes, rstd_of, scale_and_bias
 from .norm_relu_conv2d import batch_moments, empty_like_or_none, given_stats, or_empty, outputs
 from .preact_unit import moments_chunk
 
-NUM_WARPS = 4
+NUM_WARPS = 8
 # Programs of a launch, and so partials of the sums. Not tuned yet.
 MAX_PROGRAMS = 256
 # Elements of a tile of x, and of the weight. Not tuned yet.
-TILE = 4096
+TILE = 2048
 # Channels whose moments every program merges; of more they take a launch of their own.
 MERGED = 64
 # Channels of dx's blocks, and of dweight's, and samples that these take at a time. Not tuned yet.
@@ -134,13 +134,42 @@ def _classifier_cross_entropy_fwd_kernel(
             da /= S
             tl.store(pooled_ptr + sample * C + c, pooled, mask=c_ok)
             tl.store(da_ptr + sample * C + c, da, mask=c_ok)
-            sum_dz += da * passed
-            sum_dzx += da * spread
+            # A NaN in da does not reach channels of which no pixel passes.
+            sum_dz += tl.where(passed > 0, da * passed, 0.0)
+            sum_dzx += tl.where(passed > 0, da * spread, 0.0)
     tl.store(loss_ptr + pid, total)
     if GRADIENT:
         programs = tl.num_programs(0)
         tl.store(sums_ptr + pid * C + c, sum_dz, mask=c_ok)
         tl.store(sums_ptr + (programs + pid) * C + c, sum_dzx, mask=c_ok)
+
+
+@triton.jit
+def classifier_gradient(
+    job, dloss, dlogits_ptr, pooled_ptr, dweight_ptr, dbias_ptr,
+    N, C: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """A class's dweight for a block of channels, and by the first of them its dbias."""
+    k = job % K
+    c_start = job // K * BLOCK_W
+    c = c_start + tl.arange(0, BLOCK_W)
+    c_ok = c < C
+    dweight = tl.zeros([BLOCK_W], tl.float32)
+    dbias = 0.0
+    for n_start in tl.range(0, N, BLOCK_N, num_stages=1):
+        n = n_start + tl.arange(0, BLOCK_N)
+        n_ok = n < N
+        n = n.to(tl.int64)
+        dlogits = tl.load(dlogits_ptr + n * K + k, mask=n_ok, other=0.0)
+        at = n[:, None] * C + c[None, :]
+        pooled = tl.load(pooled_ptr + at, mask=n_ok[:, None] & c_ok[None, :], other=0.0)
+        dweight += tl.sum(dlogits[:, None] * pooled, 0)
+        dbias += tl.sum(dlogits, 0)
+    dweight = (dweight * dloss).to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + k * C + c, dweight, mask=c_ok)
+    if dbias_ptr is not None:
+        dbias = (dbias * dloss).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + k, dbias, mask=c_start == 0)
 
 
 @triton.jit
@@ -155,7 +184,7 @@ def _classifier_cross_entropy_bwd_kernel(
 ):  # fmt: skip
     """dx by the first `programs` programs, and dweight [K, C] and dbias [K] by the others.
 
-    Of these each has a class and a block of channels. sums: [2, P, C] fp32.
+    sums: [2, P, C] fp32.
     """
     pid = tl.program_id(0)
     dloss = tl.load(dloss_ptr)
@@ -186,26 +215,10 @@ def _classifier_cross_entropy_bwd_kernel(
                 dx *= scale[None, :]
                 tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
     else:
-        k = (pid - programs) % K
-        c_start = (pid - programs) // K * BLOCK_W
-        c = c_start + tl.arange(0, BLOCK_W)
-        c_ok = c < C
-        dweight = tl.zeros([BLOCK_W], tl.float32)
-        dbias = 0.0
-        for n_start in tl.range(0, N, BLOCK_N, num_stages=1):
-            n = n_start + tl.arange(0, BLOCK_N)
-            n_ok = n < N
-            n = n.to(tl.int64)
-            dlogits = tl.load(dlogits_ptr + n * K + k, mask=n_ok, other=0.0)
-            at = n[:, None] * C + c[None, :]
-            pooled = tl.load(pooled_ptr + at, mask=n_ok[:, None] & c_ok[None, :], other=0.0)
-            dweight += tl.sum(dlogits[:, None] * pooled, 0)
-            dbias += tl.sum(dlogits, 0)
-        dweight = (dweight * dloss).to(dweight_ptr.dtype.element_ty)
-        tl.store(dweight_ptr + k * C + c, dweight, mask=c_ok)
-        if dbias_ptr is not None:
-            dbias = (dbias * dloss).to(dbias_ptr.dtype.element_ty)
-            tl.store(dbias_ptr + k, dbias, mask=c_start == 0)
+        classifier_gradient(
+            pid - programs, dloss, dlogits_ptr, pooled_ptr, dweight_ptr, dbias_ptr,
+            N, C, K, BLOCK_N, BLOCK_W,
+        )  # fmt: skip
 
 
 def chunks(N: int, columns: int = 1) -> tuple[int, int]:
@@ -232,9 +245,8 @@ def empty_outputs(
 
     (N, C), K = x.shape[:2], weight.shape[0]
     stats = [empty(C, made=training) for _ in range(2)]
-    gradient = [
-        empty(*shape, made=with_gradient) for shape in ((N, K), (N, C), (N, C), (2, chunks(N)[1], C))
-    ]
+    shapes = (N, K), (N, C), (N, C), (2, chunks(N)[1], C)
+    gradient = [empty(*shape, made=with_gradient) for shape in shapes]
     return empty(), empty(N, K), *stats, *gradient
 
 

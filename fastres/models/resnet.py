@@ -5,7 +5,7 @@ arXiv:1603.05027; stochastic depth, Huang et al. 2016, arXiv:1603.09382; zero_in
 2017, arXiv:1706.02677.
 """
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from fastres.ops import (
     StepGenerator,
     StochasticDepth,
 )
+from fastres.ops._norm import Norm
 from fastres.ops._samples import take_samples
+from fastres.ops.classifier_cross_entropy import classifier_cross_entropy, serves_classifier
 from fastres.ops.preact_unit_module import Conv, PadShortcut, plain_conv
 from fastres.ops.stochastic_depth_add import check_drop
 
@@ -109,7 +111,7 @@ class ResNet(nn.Module):
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
-    Input [N, 3, H, W], H and W 4 or more; output logits [N, num_classes].
+    Input [N, 3, H, W], H and W 4 or more; output logits [N, num_classes], see forward for the loss.
     """
 
     def __init__(
@@ -190,6 +192,8 @@ class ResNet(nn.Module):
         self.units = nn.Sequential(*units)
         self.bn = norm_relu(channels) if preact else None
         self.fc = nn.Linear(channels, num_classes)
+        # Whether the loss is one op with all that follows the units.
+        self.fused_loss = fused_units and serves_classifier(self.fc)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -197,7 +201,21 @@ class ResNet(nn.Module):
             if zero_init and isinstance(module, PreActUnit | PostActUnit):
                 module.zero_branch()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, target: None = None, label_smoothing: float = 0.0) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, target: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, x: Tensor, target: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """logits [N, num_classes]; with target, int64 [N], the cross entropy and the logits.
+
+        By fused_units these logits are fp32 and have no gradient: the loss comes of the same op.
+        """
         moments = None
         if isinstance(self.stem, StemConv2d):
             x, moments = self.stem(x, True)
@@ -210,9 +228,19 @@ class ResNet(nn.Module):
                 x, moments = unit(x, moments, True)
             else:
                 x = unit(x)
+        if target is not None and self.fused_loss and self.bn is not None:
+            return classifier_cross_entropy(
+                x, Norm.of(self.bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
+            )
         if self.bn is not None:
             x = self.bn(x)
-        return self.fc(x.mean((2, 3)))
+        logits = self.fc(x.mean((2, 3)))
+        if target is None:
+            return logits
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing), logits
+
+    def extra_repr(self) -> str:
+        return "classifier and loss: " + ("one op on a GPU" if self.fused_loss else "by layers")
 
     def set_meprop(self, sparse: bool) -> None:
         """Take meProp's backward, or the dense one, from the next forward on; weights stay.

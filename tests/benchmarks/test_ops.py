@@ -33,6 +33,10 @@ OPS = {
     ),
     "preact_unit": ({"fastres", "layers", "eager", *COMPILED}, {"forward", "backward"}),
     "stem_conv2d": ({"fastres", "eager", *COMPILED}, {"forward", "backward"}),
+    "classifier_cross_entropy": (
+        {"fastres", "layers", "eager", *COMPILED},
+        {"forward", "backward"},
+    ),
     "augment": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "cast": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "unscale": ({"fastres", "eager", *COMPILED}, {"forward"}),

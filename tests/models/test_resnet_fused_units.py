@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from ops.norm_relu_conv2d_equality import Watch, few_programs
 from tolerances import MODEL_RELATIVE, STEPS_RELATIVE
 
+from fastres.kernels import _launch
 from fastres.models import ResNet
 from fastres.ops import MePropConv2d, PreActUnit, StemConv2d, StepGenerator, _register
 
@@ -80,7 +82,13 @@ def test_fused_units_are_the_plain_model(
             found["y in evaluation"] = model(_like(x, model))
         return {name: t.cpu() for name, t in found.items()}
 
-    fused, plain, exact = _each(models, monkeypatch, run)
+    _check(*_each(models, monkeypatch, run))
+
+
+def _check(
+    fused: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
+) -> None:
+    """Raise AssertionError unless the fused model is as near to fp64 as the plain one is."""
     assert fused.keys() == exact.keys()
     for name, want in exact.items():
         if not want.is_floating_point():
@@ -89,6 +97,61 @@ def test_fused_units_are_the_plain_model(
         off, peer = ((a[name].double() - want).norm() for a in (fused, plain))
         bound = torch.maximum(2 * peer, MODEL_RELATIVE * want.norm())
         assert bool(off <= bound), f"{name} is off by {off}, the plain model by {peer}"
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_prob": 0.6}], ids=str)
+def test_the_loss_with_the_logits_is_the_plain_models(
+    settings: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = _models(device, num_classes=7, keep_units=2, **settings)
+    x, target = _images(4, device)
+
+    def run(model: ResNet) -> dict[str, torch.Tensor]:
+        model.draw_from(StepGenerator(3))
+        loss, logits = model(_like(x, model), _like(target % 7, model), 0.1)
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        saved = model.state_dict(keep_vars=True)
+        found |= {name: b.clone() for name, b in model.named_buffers() if name in saved}
+        model.eval()
+        with torch.no_grad():
+            evaluated, _ = model(_like(x, model), _like(target % 7, model))
+        found |= {"loss": loss, "logits": logits, "loss in evaluation": evaluated}
+        return {name: t.detach().cpu() for name, t in found.items()}
+
+    found = _each(models, monkeypatch, run)
+    names = [name for name, _ in models[0].named_parameters()]
+    assert set(names) <= found[0].keys()
+    _check(*found)
+
+
+def test_the_last_activation_is_read_once_forward_and_once_backward(device: str) -> None:
+    """The last unit's moments go with it: no kernel takes them."""
+    model, _, _ = _models(device, keep_units=2)
+    x, target = _images(2, device)
+    ran: list[str] = []
+
+    def watcher(launch: _launch.Launch) -> AbstractContextManager[None]:
+        ran.append(launch.kernel.__name__)
+        return nullcontext()
+
+    with _launch.watch(watcher), few_programs():
+        loss, _ = model(x, target)
+        units = [i for i, name in enumerate(ran) if name == "_norm_relu_conv2d_fwd_kernel"]
+        end = [name for name in ran[units[-1] + 1 :] if name != "_update_running_kernel"]
+        assert end == ["_classifier_cross_entropy_fwd_kernel"]
+        ran.clear()
+        loss.backward()
+    assert ran[0] == "_classifier_cross_entropy_bwd_kernel"
+    assert not ran[1].startswith("_classifier")
+
+
+def test_what_the_loss_is_made_by_is_told() -> None:
+    fused = "classifier and loss: one op on a GPU"
+    layers = "classifier and loss: by layers"
+    assert fused in repr(ResNet(8, fused_units=True)) and layers in repr(ResNet(8))
+    assert layers in repr(ResNet(8, 12, fused_units=True, keep_units=1))
+    assert layers in repr(ResNet(8, fused_units=True, num_classes=129))
 
 
 def test_twenty_steps_lie_on_the_plain_models(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
