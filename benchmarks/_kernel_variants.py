@@ -343,16 +343,19 @@ def classifier_cross_entropy_variants(dtype: torch.dtype) -> list[Variant]:
         weight, bias = _empty((classes, C), torch.float32), _empty((classes,), torch.float32)
         with record():
             moments = batch_moments(x)
-        given = (moments.partial, moments.chunk, None, None) if trains else (None, 0, c, c)
-        affine, target = (c, c, weight, bias), _empty((128,), torch.int64)
+        partial, chunk = (moments.partial, moments.chunk) if trains else (None, 0)
+        running, target = None if trains else c, _empty((128,), torch.int64)
         with _recorded_one_by_one(found, f"{name} fwd"):
-            loss, _, _, _, dlogits, *sums = classifier_cross_entropy.classifier_cross_entropy_fwd(
-                x, *given, *affine, target, 0.1, 1e-5, kept
+            loss, _, _, _, dlogits, pooled, da, sums = (
+                classifier_cross_entropy.classifier_cross_entropy_fwd(
+                    x, partial, chunk, running, running, c, c, weight, bias, target, 0.1, 1e-5, kept
+                )
             )
         if kept:
-            of_x, rest = (loss, x, c, c, c, c), (weight, bias, dlogits, *sums)
             with _recorded(found, f"{name} bwd"):
-                classifier_cross_entropy.classifier_cross_entropy_bwd(*of_x, *rest, 1e-5, trains)
+                classifier_cross_entropy.classifier_cross_entropy_bwd(
+                    loss, x, c, c, c, c, weight, bias, dlogits, pooled, da, sums, 1e-5, trains
+                )
     return found
 
 

@@ -93,10 +93,10 @@ def _classifier_cross_entropy_fwd_kernel(
             # As the tensor that it replaces would be stored.
             pooled += tl.sum(a.to(dtype).to(tl.float32), 0)
             if GRADIENT:
-                kept = passes(a) & ok
-                passed += tl.sum(kept.to(tl.float32), 0)
-                centred = x.to(tl.float32) - mean[None, :]
-                spread += tl.sum(tl.where(kept, centred, 0.0), 0)
+                kept = (passes(a) & ok).to(tl.float32)
+                passed += tl.sum(kept, 0)
+                # Times 0, so that an infinite x makes a NaN where ReLU stopped it, as in PyTorch.
+                spread += tl.sum((x.to(tl.float32) - mean[None, :]) * kept, 0)
         pooled /= S
         logits = bias
         for k_start in tl.range(0, K, STEP, num_stages=1):

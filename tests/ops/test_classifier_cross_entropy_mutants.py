@@ -31,12 +31,17 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "tl.load(x_ptr + at, mask=ok, other=0.0)",
         CASE,
     ),
-    "pixels past the end pass": (_FILE, "kept = passes(a) & ok", "kept = (a * 0 + 1) != 0", CASE),
-    "what ReLU stopped passes": (_FILE, "kept = passes(a) & ok", "kept = (a == a) & ok", CASE),
+    "pixels past the end pass": (
+        _FILE,
+        "kept = (passes(a) & ok)",
+        "kept = ((a * 0 + 1) != 0)",
+        CASE,
+    ),
+    "what ReLU stopped passes": (_FILE, "kept = (passes(a) & ok)", "kept = ((a == a) & ok)", CASE),
     "the sums are of dz * x": (
         _FILE,
-        "centred = x.to(tl.float32) - mean[None, :]",
-        "centred = x.to(tl.float32)",
+        "tl.sum((x.to(tl.float32) - mean[None, :]) * kept, 0)",
+        "tl.sum(x.to(tl.float32) * kept, 0)",
         CASE,
     ),
     "the logits miss a block of classes": (
