@@ -61,6 +61,8 @@ def fused_ops(trainer: "Trainer") -> str:
             isinstance(m, StemConv2d) and m.fused and triton for m in trainer.model.modules()
         ),
         "preact_unit": len(units),
+        # In training; an evaluation takes the layers.
+        "classifier_cross_entropy": int(trainer.model.fused_loss and triton),
         # A unit that is one op has two of them, which it does not call.
         "batch_norm_relu": len(norms) - 2 * len(units),
         # "batch" decides on the host what to compute: there is nothing left for the op to do.

@@ -164,10 +164,23 @@ class Trainer(ImageView):
         with self.phase("data"):
             x = self.inputs(index, epoch)
         with self._autocast():
+            return self._outcome(x, index)
+
+    def _outcome(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and logits of training images, given what the model sees of them."""
+        if self.fused_loss:
             with self.phase("forward"):
-                logits = self.network(x).float()
-            with self.phase("loss"):
-                return self.criterion(logits, index), logits
+                loss, logits = self.network(x, self.data.train.labels[index])
+                return loss, logits
+        with self.phase("forward"):
+            logits = self.network(x).float()
+        with self.phase("loss"):
+            return self.criterion(logits, index), logits
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether the network itself takes the criterion."""
+        return self.model.fused_loss
 
     def inputs(self, index: Tensor, epoch: int | Tensor) -> Tensor:
         """What the model sees of training images in an epoch."""

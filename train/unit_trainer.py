@@ -147,6 +147,10 @@ class UnitTrainer(Trainer):
             return frozen.through(super().inputs(index, epoch))
         return frozen.through(self._images(self.data.train, index, padding=0, flip=False))
 
+    @property
+    def fused_loss(self) -> bool:
+        return False  # boosting has another
+
     def criterion(self, logits: Tensor, index: Tensor) -> Tensor:
         labels, kind = self.data.train.labels[index], self._frozen.config.boost_loss
         return boosting_loss(logits, labels, self._costs[index], kind)
