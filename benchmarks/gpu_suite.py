@@ -34,6 +34,7 @@ _GRACE = 90.0
 # A timer takes no infinity.
 _LONGEST = 10.0**6
 _OPS = (
+    "norm_relu_conv2d",
     "stem_conv2d",
     "augment",
     "unscale",

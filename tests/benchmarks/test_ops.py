@@ -32,6 +32,7 @@ OPS = {
         {"forward", "backward"},
     ),
     "preact_unit": ({"fastres", "layers", "eager", *COMPILED}, {"forward", "backward"}),
+    "norm_relu_conv2d": ({"fastres", "eager", *COMPILED}, {"forward", "backward"}),
     "stem_conv2d": ({"fastres", "eager", *COMPILED}, {"forward", "backward"}),
     "classifier_cross_entropy": (
         {"fastres", "layers", "eager", *COMPILED},
