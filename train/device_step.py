@@ -105,10 +105,13 @@ class DeviceStep:
         self.run()
 
     def decide(self) -> tuple[bool, ...]:
-        """The host's part: for each unit, whether stochastic depth leaves it out of this step."""
-        dropped = self._trainer.drops.decide(self._number)
+        """The host's part, and what makes of this step another kind than others: for each unit
+        whether stochastic depth by "batch" leaves it out, and whether meProp is dense."""
+        trainer = self._trainer
+        dropped = trainer.drops.decide(self._number)
         self._number += 1
-        return dropped
+        # Other modes draw on the device.
+        return *(dropped if trainer.config.drop_mode == "batch" else ()), trainer.meprop_dense
 
     def run(self) -> None:
         """The device's part: from the images to the updated weights, without a word to the host."""
@@ -140,8 +143,7 @@ class GraphedStep(DeviceStep):
         self._stream = torch.cuda.Stream()
 
     def __call__(self) -> None:
-        # A kind of step is what the host decides: units left out, and whether meProp is dense.
-        kind = (*self.decide(), self._trainer.meprop_dense)
+        kind = self.decide()
         graph = self._graphs.get(kind)
         if graph is None and self._seen[kind] >= WARMUP and len(self._graphs) < MOST_GRAPHS:
             graph = self._graphs[kind] = self._capture()

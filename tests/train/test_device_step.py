@@ -124,6 +124,31 @@ def test_a_count_of_right_answers_reads_nothing_on_the_host() -> None:
     assert right.dtype == torch.int64 and right.shape == ()
 
 
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ([], 1),
+        # Three units: a pattern of their own is drawn on the device, or decided on the host.
+        ([*DROP, "row"], 1),
+        ([*DROP, "subset"], 1),
+        ([*DROP, "batch"], 8),
+        (["--fused", "--meprop-ratio", "0.5", "--meprop-warmup-epochs", "1"], 1),
+    ],
+    ids=["plain", "row", "subset", "batch", "meprop"],
+)
+def test_steps_are_of_few_kinds(flags: list[str], kinds: int) -> None:
+    """A kind is a graph: what the device draws makes none."""
+    trainer = trainer_of([*CPU, *flags], "cpu")
+    step = DeviceStep(trainer)
+    seen = set()
+    for dense in (True, False):
+        trainer.meprop_dense = dense
+        step.begin_epoch(0)
+        seen |= {step.decide() for _ in range(64)}
+    assert len(seen) == 2 * kinds
+    assert {kind[-1] for kind in seen} == {True, False}
+
+
 def test_sums_leave_out_what_overflowed() -> None:
     sums = EpochSums(torch.device("cpu"))
     yes, no = torch.tensor(True), torch.tensor(False)
