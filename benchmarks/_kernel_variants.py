@@ -120,6 +120,11 @@ def batch_norm_relu_variants(dtype: torch.dtype) -> list[Variant]:
         two, batch = (vector, vector, counter), (vector, vector)
         with _recorded(found, name):
             batch_norm_relu.update_two_running(two, two, batch, batch, (momentum,) * 2, (99, 99))
+    for applies in (None, _empty((), torch.bool)):
+        with _recorded(found, f"a network's{'' if applies is None else ', where a step is taken'}"):
+            batch_norm_relu.update_every_running(
+                [vector, vector, batches, vector, vector], [0.1], [99], applies
+            )
     return found
 
 

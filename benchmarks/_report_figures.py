@@ -214,8 +214,8 @@ def _builds(rows: list[Row]) -> str | None:
 
 def _account(rows: list[Row]) -> str | None:
     return "; ".join(
-        f"{row['provider']} {row['passes']:.1f} passes, {row['launches']} launches at batch "
-        f"{row['batch_size']}"
+        f"{row['provider']} {row['passes']:.1f} passes, {row['launches']} launches "
+        f"({row['dtype']}, batch {row['batch_size']})"
         for row in rows if row["name"] == "total" and row["depth"] == 20 and row["width"] == 16
     ) or None  # fmt: skip
 
@@ -258,7 +258,7 @@ HEADLINES = (
         "kernel_report", _builds, "kernel_report.py", anywhere=True,
     ),
     Headline(
-        "bytes and launches of a step, depth 20, fp16, counted as it runs "
+        "bytes and launches of a step, depth 20, counted as it runs "
         "(a pass: the bytes of all convolutions' outputs)",
         "step_account", _account, "step_account.py", anywhere=True,
     ),

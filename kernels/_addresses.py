@@ -135,6 +135,17 @@ def table(tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch
     return send(addresses, device, _stream(device))
 
 
+def numbers(several: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 numbers on the device, sent once: of shapes and settings, which no step changes."""
+    send = _numbers.__wrapped__ if _capturing(device) else _numbers
+    return send(several, device, _stream(device))
+
+
+@functools.lru_cache(KEPT)
+def _numbers(several: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _send(several, device)
+
+
 @functools.lru_cache(KEPT)
 def _table(addresses: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
     return _send(addresses, device)

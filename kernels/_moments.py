@@ -1,12 +1,15 @@
 """Per-channel moments of an activation: partials by chunk, merged in a fixed order, and tracked."""
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch
+from . import _addresses
+from ._launch import launch, launch_opaque
 from ._tiles import Rows, Tiling, tile_mask, tile_offsets
 
 # Few enough partials (64 KB for 32 channels, from L2) that merging them in every program of the
@@ -195,6 +198,40 @@ def _update_two_running_kernel(
 
 
 @triton.jit
+def _update_every_running_kernel(
+    addresses_ptr, numbers_ptr, applies_ptr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Many BatchNorms', a program each; where applies_ptr holds false none.
+
+    addresses: of the running mean and var, the counter (0: none), mean and var; numbers: C, count,
+    and the momentum's bits as fp32, below 0 for a cumulative average. Statistics are fp32.
+    """
+    addresses = addresses_ptr + tl.program_id(0) * 5
+    numbers = numbers_ptr + tl.program_id(0) * 3
+    applies = True
+    if applies_ptr is not None:
+        applies = tl.load(applies_ptr) != 0
+    if applies:
+        fp32: tl.constexpr = tl.pointer_type(tl.float32)
+        running_mean_ptr = tl.load(addresses).to(fp32)
+        running_var_ptr = tl.load(addresses + 1).to(fp32)
+        mean_ptr, var_ptr = tl.load(addresses + 3).to(fp32), tl.load(addresses + 4).to(fp32)
+        C, count = tl.load(numbers).to(tl.int32), tl.load(numbers + 1)
+        factor = tl.load(numbers + 2).to(tl.int32).to(tl.float32, bitcast=True)
+        counter = tl.load(addresses + 2)
+        if counter != 0:
+            counter_ptr = counter.to(tl.pointer_type(tl.int64))
+            batches = tl.load(counter_ptr) + 1
+            if factor < 0:
+                factor = 1.0 / batches.to(tl.float32)
+            tl.store(counter_ptr, batches)
+        _move_running(
+            running_mean_ptr, running_var_ptr, None, mean_ptr, var_ptr, C, factor, count, BLOCK_C,
+            False,
+        )  # fmt: skip
+
+
+@triton.jit
 def _merge_moments_kernel(
     partial_ptr, mean_ptr, var_ptr, M, C, P, CHUNK, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -335,4 +372,29 @@ def update_two_running(
         batch1[0].numel(), batch2[0].numel(), momentum1, momentum2, *count,
         BLOCK_C=UPDATE_BLOCK_C, CUMULATIVE1=momentum[0] is None, CUMULATIVE2=momentum[1] is None,
         num_warps=4,
+    )  # fmt: skip
+
+
+def update_every_running(
+    tensors: Sequence[torch.Tensor | None],
+    momentum: Sequence[float | None],
+    count: Sequence[int],
+    applies: torch.Tensor | None,
+) -> None:
+    """update_running of many BatchNorms in one launch, each once, unless `applies` holds false.
+
+    Args:
+        tensors: of each the running mean and var, the counter or None, mean and var, one after the
+            other; all statistics fp32, contiguous.
+        momentum, count: of each.
+        applies: bool, one element, or None: they do.
+    """
+    bits = [struct.unpack("<i", struct.pack("<f", -1.0 if m is None else m))[0] for m in momentum]
+    sizes = [0 if t is None else t.numel() for t in tensors[::5]]
+    numbers = tuple(n for row in zip(sizes, count, bits, strict=True) for n in row)
+    device = next(t.device for t in tensors if t is not None)
+    launch_opaque(
+        _update_every_running_kernel, (len(sizes),),
+        _addresses.table(tensors, device), _addresses.numbers(numbers, device), applies,
+        BLOCK_C=UPDATE_BLOCK_C, num_warps=4,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from ._moments import (
     MAX_CHUNKS,
     moments,
     sum_partials,
+    update_every_running,
     update_running,
     update_two_running,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "batch_norm_relu_fwd",
     "empty_grads",
     "empty_outputs",
+    "update_every_running",
     "update_running",
     "update_two_running",
 ]

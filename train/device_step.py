@@ -72,11 +72,15 @@ class DeviceStep:
         rates = [trainer.lr_of(step) for step in range(steps)]
         self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
         self._lr = torch.zeros((), dtype=torch.float64, device=device)
-        self._step, self._epoch = torch.zeros(2, dtype=torch.int64, device=device)
-        # Of this process's share of the first batch, the places in the epoch's order.
+        self._epoch = torch.zeros((), dtype=torch.int64, device=device)
+        # The step, and of this process's share of its batch the places in the epoch's order; both
+        # go on at once.
         share = config.batch_size // workers.world_size
         self._first = torch.arange(share, device=device) + workers.rank * share
-        self._places = self._first.clone()
+        self._counters = torch.zeros(1 + share, dtype=torch.int64, device=device)
+        self._step, self._places = self._counters[0], self._counters[1:]
+        self._onward = torch.full_like(self._counters, config.batch_size)
+        self._onward[0] = 1
         self._order = torch.zeros(len(trainer.data.train), dtype=torch.int64, device=device)
 
     def begin_epoch(self, epoch: int, order: Tensor | None = None) -> None:
@@ -121,8 +125,7 @@ class DeviceStep:
             trainer.drops.follow(self._step)
             index = self._order.index_select(0, self._places)
             trainer.sums.add(*trainer.update(index, self._epoch))
-            self._step += 1
-            self._places += trainer.config.batch_size
+            self._counters += self._onward
 
 
 class GraphedStep(DeviceStep):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres.amp import LossScaler
-from fastres.ops import StepGenerator
+from fastres.ops import RunningUpdate, StepGenerator, deferred_updates
 
 
 @dataclass
@@ -95,6 +95,13 @@ class MicroBatches:
             with alone:
                 yield part
             self._store(k)
+
+    def deferred(self) -> contextlib.AbstractContextManager[list[RunningUpdate]]:
+        """Collects what a forward does to running statistics, for one launch at the step's end.
+
+        Workers that are emulated have their own, which move between their parts: at once.
+        """
+        return deferred_updates() if self.count == 1 else contextlib.nullcontext([])
 
     def settle(self, stepped: Tensor | None) -> None:
         """End a step: undo the workers' statistics if it was skipped, and go back to the first's.

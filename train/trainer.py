@@ -29,7 +29,7 @@ from workers import Workers
 from fastres.amp import LossScaler
 from fastres.data import ImageSet, Splits
 from fastres.models import ResNet
-from fastres.ops import StepGenerator, shuffle
+from fastres.ops import StepGenerator, shuffle, update_every_stats
 from fastres.optim import YellowFin
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
@@ -114,6 +114,7 @@ class Trainer(ImageView):
         self.scaler = self.make_scaler()
         self.epoch = 0
         self.sums = EpochSums(device)
+        self._one = torch.ones((), device=device)
         self.meprop_dense = True
         self.network: nn.Module = self.model
         self.gradients: FlatGradients | None = None
@@ -219,9 +220,10 @@ class Trainer(ImageView):
         """
         losses = []
         for part in self.micro_batches.each(index):
-            loss, _ = self._loss(part, epoch)
+            with self.micro_batches.deferred() as updates:
+                loss, _ = self._loss(part, epoch)
             with self.phase("backward"):
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward(self._one)
             losses.append(loss.detach())
         if self.gradients is not None:
             self.gradients.average()
@@ -230,6 +232,7 @@ class Trainer(ImageView):
             self.scaler.update()
             self.optimizer.zero_grad()
             self.micro_batches.settle(stepped)
+            update_every_stats(updates, stepped)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
 
     def batches(self, epoch: int) -> Generator[Tensor, None, None]:

@@ -1,6 +1,6 @@
 """The library's face: each op as a function and as a Module. Nothing here imports Triton."""
 
-from fastres.ops._norm import Norm
+from fastres.ops._norm import Norm, RunningUpdate, deferred_updates, update_every_stats
 from fastres.ops._register import takes_kernels
 from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
@@ -26,6 +26,7 @@ __all__ = [
     "Norm",
     "NormReLUConv2d",
     "PreActUnit",
+    "RunningUpdate",
     "StemConv2d",
     "StepGenerator",
     "StochasticDepth",
@@ -36,6 +37,7 @@ __all__ = [
     "batch_norm_relu",
     "cast",
     "classifier_cross_entropy",
+    "deferred_updates",
     "flat_offsets",
     "meprop_conv2d",
     "meprop_linear",
@@ -47,4 +49,5 @@ __all__ = [
     "stochastic_depth_add",
     "takes_kernels",
     "unscale",
+    "update_every_stats",
 ]

@@ -1,5 +1,7 @@
 """A BatchNorm as functions take it, and BatchNorm and ReLU by PyTorch's own operators."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,9 +135,75 @@ def _(
     return None
 
 
+class RunningUpdate(NamedTuple):
+    """What is to move a norm's running statistics: the batch's, taken over so many values."""
+
+    norm: Norm
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+# Where updates go in place of being made, while somebody collects them.
+_collected: list[RunningUpdate] | None = None
+
+
+@contextlib.contextmanager
+def deferred_updates() -> Iterator[list[RunningUpdate]]:
+    """Collect what the ops inside would do to running statistics, for update_every_stats.
+
+    A whole network's BatchNorms then take one launch, and a step that is skipped need not undo what
+    it did. Of this package's ops without batch_norm_relu, on a GPU, with fp32 statistics; what
+    others do they do at once.
+    """
+    global _collected
+    if _collected is not None:
+        raise RuntimeError("deferred_updates: entered already")
+    _collected = []
+    try:
+        yield _collected
+    finally:
+        _collected = None
+
+
+def update_every_stats(updates: Sequence[RunningUpdate], applies: Tensor | None = None) -> None:
+    """Make the updates that were collected, in one launch.
+
+    Args:
+        updates: what deferred_updates gave; of a norm that is in it twice the second needs another
+            launch.
+        applies: bool, one element, on the device: false leaves every statistic bitwise as it is;
+            None: true.
+    """
+    rest = list(updates)
+    while rest:
+        now: list[RunningUpdate] = []
+        again: list[RunningUpdate] = []
+        for update in rest:
+            known = any(update.norm.running_mean is other.norm.running_mean for other in now)
+            (again if known else now).append(update)
+        rest = again
+        kernels("batch_norm_relu", now[0].mean).update_every_running(
+            [t for u in now for t in (*u.norm[:2], u.norm.num_batches_tracked, u.mean, u.var)],
+            [u.norm.momentum for u in now],
+            [u.values for u in now],
+            applies,
+        )
+
+
+def _is_deferred(norm: Norm, mean: Tensor, var: Tensor, count: int) -> bool:
+    running = norm.running_mean
+    if _collected is None or running is None or not running.dtype == mean.dtype == torch.float32:
+        return False
+    _collected.append(RunningUpdate(norm, mean, var, count))
+    return True
+
+
 def update_stats(norm: Norm, mean: Tensor, var: Tensor, count: int) -> None:
     """Move a norm's running statistics toward the batch's, taken over `count` values."""
     if norm.training and norm.running_mean is not None:
+        if _is_deferred(norm, mean, var, count):
+            return
         torch.ops.fastres.batch_norm_update_stats.default(
             norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, var,
             norm.momentum, count,
@@ -149,7 +217,8 @@ def update_two_stats(
 
     batch1, batch2: mean, var and count.
     """
-    if any(not norm.training or norm.running_mean is None for norm in (norm1, norm2)):
+    alone = any(not norm.training or norm.running_mean is None for norm in (norm1, norm2))
+    if alone or _collected is not None:
         update_stats(norm1, *batch1)
         update_stats(norm2, *batch2)
         return

@@ -166,7 +166,7 @@ def test_nothing_but_overflows_stops_the_run_in_words(
 ) -> None:
     """Gradients that are NaN whatever the scale."""
     backward = torch.Tensor.backward
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * torch.nan))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss, one: backward(loss * torch.nan, one))
     flags = [*TINY, "--precision", "fp16", "--epochs", "9", "--max-skipped-steps", "6"]
     assert main([*flags, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
