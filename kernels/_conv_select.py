@@ -31,14 +31,45 @@ BLOCK_C = 16
 
 
 @triton.jit
-def _norm_relu_conv2d_sums_kernel(
+def _store_order(
+    partial_ptr, order_ptr, K, P, kept,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """order int32 [K]: the kept channels of largest sum, ascending, then the others.
+
+    A channel's rank is the number of channels before it: of larger sums, and of equal ones before
+    it. NaN is largest.
+    """
+    k = tl.arange(0, BLOCK_K)
+    k_ok = k < K
+    key = sum_key(sum_partials(partial_ptr, k, k_ok, K, P, BLOCK_P))
+    rank = tl.zeros([BLOCK_K], tl.int32)
+    for c_start in range(0, K, BLOCK_C):
+        c = c_start + tl.arange(0, BLOCK_C)
+        other = sum_key(sum_partials(partial_ptr, c, c < K, K, P, BLOCK_P))
+        # Larger keys, then lower numbers, as one integer.
+        larger = ((other.to(tl.int64) << 32) - c)[None, :] > ((key.to(tl.int64) << 32) - k)[:, None]
+        rank += tl.sum((larger & (c < K)[None, :]).to(tl.int32), 1)
+    keep = k_ok & (rank < kept)
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    dropped = k_ok & (rank >= kept)
+    after = kept + tl.cumsum(dropped.to(tl.int32), 0) - 1
+    tl.store(order_ptr + tl.where(keep, place, after), k, mask=k_ok)
+
+
+@triton.jit(do_not_specialize=["kept"])
+def _norm_relu_conv2d_select_kernel(
     g_ptr, g_index_ptr, h_ptr, h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr,
-    dh_weight_ptr, dh_bias_ptr, row_scale_ptr, partial_ptr,
-    M, CHUNK, H_ROWS, H_P, h_eps, scale,
+    dh_weight_ptr, dh_bias_ptr, row_scale_ptr, partial_ptr, ticket_ptr, order_ptr,
+    M, CHUNK, H_ROWS, H_P, h_eps, scale, kept,
     K: tl.constexpr, S: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    ALL_K: tl.constexpr, ALL_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial [P, K] fp32: sum of |g| over each chunk of pixels; and the norm's own gradients."""
+    """partial [P, K] fp32: sum of |g| over each chunk of pixels; the norm's own gradients; order.
+
+    ticket: int32, zero. The program that arrives last puts the channels in order.
+    """
     pid = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = k < K
@@ -65,33 +96,11 @@ def _norm_relu_conv2d_sums_kernel(
         )  # fmt: skip
         total += tl.sum(tl.abs(operand(g, g_ptr.dtype.element_ty).to(tl.float32)), 0)
     tl.store(partial_ptr + pid * K + k, total, mask=k_ok)
-
-
-@triton.jit(do_not_specialize=["kept"])
-def _norm_relu_conv2d_order_kernel(
-    partial_ptr, order_ptr, K, P, kept,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """order int32 [K]: the kept channels of largest sum, ascending, then the others. One program.
-
-    A channel's rank is the number of channels before it: of larger sums, and of equal ones before
-    it. NaN is largest.
-    """
-    k = tl.arange(0, BLOCK_K)
-    k_ok = k < K
-    key = sum_key(sum_partials(partial_ptr, k, k_ok, K, P, BLOCK_P))
-    rank = tl.zeros([BLOCK_K], tl.int32)
-    for c_start in range(0, K, BLOCK_C):
-        c = c_start + tl.arange(0, BLOCK_C)
-        other = sum_key(sum_partials(partial_ptr, c, c < K, K, P, BLOCK_P))
-        # Larger keys, then lower numbers, as one integer.
-        larger = ((other.to(tl.int64) << 32) - c)[None, :] > ((key.to(tl.int64) << 32) - k)[:, None]
-        rank += tl.sum((larger & (c < K)[None, :]).to(tl.int32), 1)
-    keep = k_ok & (rank < kept)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    dropped = k_ok & (rank >= kept)
-    after = kept + tl.cumsum(dropped.to(tl.int32), 0) - 1
-    tl.store(order_ptr + tl.where(keep, place, after), k, mask=k_ok)
+    # Every thread's sums are on their way before the ticket is taken; acquire and release, and the
+    # last to arrive sees all of them.
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        _store_order(partial_ptr, order_ptr, K, tl.num_programs(0), kept, ALL_K, BLOCK_C, ALL_P)
 
 
 def select(out: Output, kept: int, samples: int) -> Output:
@@ -107,19 +116,15 @@ def select(out: Output, kept: int, samples: int) -> Output:
     columns = triton.cdiv(K, block)
     cut = pixels(samples * OH * OW, rows_of(out.g.dtype), columns)
     partial = out.g.new_empty(cut.P, K, dtype=torch.float32)
+    everything = max(triton.next_power_of_2(K), 16)
+    order, ticket = out.g.new_empty(K, dtype=torch.int32), out.g.new_zeros((), dtype=torch.int32)
     rows, partials, eps = out.numbers
     launch(
-        _norm_relu_conv2d_sums_kernel, (cut.P, columns),
-        *out.tensors, out.dweight, out.dbias, out.row_scale, partial,
-        cut.M, cut.chunk, rows, partials, eps, out.scale,
+        _norm_relu_conv2d_select_kernel, (cut.P, columns),
+        *out.tensors, out.dweight, out.dbias, out.row_scale, partial, ticket, order,
+        cut.M, cut.chunk, rows, partials, eps, out.scale, kept,
         K=K, S=OH * OW, TRAINING=out.training,
-        BLOCK_M=cut.BLOCK_M, BLOCK_K=block, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    order = out.g.new_empty(K, dtype=torch.int32)
-    block = max(triton.next_power_of_2(K), 16)
-    launch(
-        _norm_relu_conv2d_order_kernel, (1,),
-        partial, order, K, cut.P, kept,
-        BLOCK_K=block, BLOCK_C=BLOCK_C, BLOCK_P=max(4096 // block, 1), num_warps=NUM_WARPS,
+        BLOCK_M=cut.BLOCK_M, BLOCK_K=block, BLOCK_P=BLOCK_P,
+        ALL_K=everything, ALL_P=max(4096 // everything, 1), BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dataclasses.replace(out, order=order, kept=kept, dweight=None, dbias=None)

@@ -1,5 +1,6 @@
 """Convolution kernels broken on purpose: the ordinary check must fail for each of them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,12 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
         "- c)[None, :] > ((key.to(tl.int64)",
         "- c)[None, :] < ((key.to(tl.int64)",
         PROJECTED,
+    ),
+    "meProp puts channels in order before all sums are there": (
+        "_conv_select",
+        "== tl.num_programs(0) * tl.num_programs(1) - 1",
+        "== 0",
+        dataclasses.replace(PROJECTED, shape=(4, 16, 9, 8)),
     ),
     "meProp goes by sums of g, not of |g|": (
         "_conv_select",

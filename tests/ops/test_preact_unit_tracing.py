@@ -154,14 +154,14 @@ def test_exports_with_a_batch_of_any_size(path: str, device: str) -> None:
 _FWD, _DGRAD = "_norm_relu_conv2d_fwd_kernel", "_norm_relu_conv2d_dgrad_kernel"
 _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
 _BWD = "_norm_relu_conv2d_bwd_kernel"
-_SUMS, _ORDER = "_norm_relu_conv2d_sums_kernel", "_norm_relu_conv2d_order_kernel"
+_SELECT = "_norm_relu_conv2d_select_kernel"
 # Two kernels forward, one more for the moments of x, and that of the running statistics; backward
-# five, one less for each convolution of which one leaves both gradients, and meProp two more.
+# five, one less for each convolution of which one leaves both gradients, and meProp one more.
 FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_two_running_kernel"]
 FUSED = [_BWD, _BWD, _DX]
 SPLIT = [_WGRAD, _DGRAD, _WGRAD, _DGRAD, _DX]
 PROJECTED = [_BWD, _WGRAD, _DGRAD, _DX]
-MEPROP = [_SUMS, _ORDER, _WGRAD, _DGRAD, _SUMS, _ORDER, _SUMS, _ORDER, _WGRAD, _DGRAD, _DX]
+MEPROP = [_SELECT, _WGRAD, _DGRAD, _SELECT, _SELECT, _WGRAD, _DGRAD, _DX]
 # By what is traced: whether there is a projection, whether meProp, the dtype, and the backward.
 TRACED: list[tuple[bool, bool, torch.dtype, list[str]]] = [
     (False, False, torch.bfloat16, FUSED),
@@ -183,8 +183,7 @@ WRITTEN = {
     # Places in the slab and in order are found by way of others, which PyTorch takes for writes: it
     # copies K numbers, and K for each chunk.
     _WGRAD: {"slab_ptr", "order_ptr", "shortcut_slab_ptr", "shortcut_order_ptr"},
-    _SUMS: {"partial_ptr", "dh_weight_ptr", "dh_bias_ptr"},
-    _ORDER: {"order_ptr", "partial_ptr"},
+    _SELECT: {"partial_ptr", "dh_weight_ptr", "dh_bias_ptr", "ticket_ptr", "order_ptr"},
     _DX: {"dx_ptr", "dnorm_weight_ptr", "dnorm_bias_ptr", "dweight_ptr"},
 }
 

@@ -128,7 +128,7 @@ def test_bytes_of_arguments_and_results() -> None:
         torch._foreach_add([a, b], [b, a])
         a[index]
         torch.ops.fastres.augment(
-            pixels, index, mean, mean + 1, 0, 0, 4, True, torch.float32, False
+            pixels, index, mean, mean + 1, 0, 0, None, 4, True, torch.float32, False
         )
     for name, size in expected.items():
         counted = counts.a_call(name)
