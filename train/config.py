@@ -31,7 +31,8 @@ class Config:
     fused: bool = False
     """Use every fused op that the other flags call for."""
     fused_units: bool = False
-    """With --fused, run each pre-activation unit as one op on a GPU. It has not run on one yet."""
+    """With --fused, run stem, each pre-activation unit, and classifier and loss as one op each on a
+    GPU. It has not run on one yet."""
     cuda_graph: bool = False
     """Replay each training step as one launch on a GPU, a CUDA graph. It has not run on one yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
