@@ -64,7 +64,7 @@ def _without_interpreter(*command: str) -> str:
 
 def _defined() -> set[str]:
     """Every kernel of kernels/*.py: a triton.jit function that is named _*_kernel."""
-    jitted = re.compile(r"^@triton\.jit\b.*\ndef (_\w+_kernel)\(", re.M)
+    jitted = re.compile(r"^@triton\.jit\b(?:\([^)]*\))?\ndef (_\w+_kernel)\(", re.M)
     files = (ROOT / "kernels").glob("*.py")
     return {name for file in files for name in jitted.findall(file.read_text())}
 
