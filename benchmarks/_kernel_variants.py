@@ -24,6 +24,7 @@ from fastres.kernels import (
     stem_conv2d,
     stochastic_depth_add,
     unscale,
+    update_scale,
 )
 from fastres.kernels._launch import Launch, configure_for, family_of, record
 from fastres.kernels.norm_relu_conv2d import batch_moments
@@ -213,6 +214,14 @@ def unscale_variants(dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def update_scale_variants(dtype: torch.dtype) -> list[Variant]:
+    found: list[Variant] = []
+    one, count = _empty((), torch.float32), _empty((), torch.int32)
+    with _recorded(found, "a scale"):
+        update_scale.update_scale_fwd(one, count, _empty((2,), torch.int32), one, 2.0, 0.5, 9, 1.0)
+    return found
+
+
 def cast_variants(dtype: torch.dtype) -> list[Variant]:
     found: list[Variant] = []
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -230,14 +239,16 @@ def sgd_step_variants(dtype: torch.dtype) -> list[Variant]:
     sizes, offsets, flat = [36_864, 64, 64], [0, 36_864, 36_928], _empty((36_992,), torch.float32)
     one = _empty((), torch.float32)
     half = _empty((36_992,), torch.float16 if dtype == torch.float32 else dtype)
+    finds = (one, one, _empty((2, 36_992), torch.float32), _empty((), torch.int32))
     rates: tuple[float | torch.Tensor, ...] = (0.1, one)
     for buffer, copy, nesterov, guards, lr in itertools.product(
-        (flat, None), (half, None), (True, False), ((one, one), (None, None)), rates
+        (flat, None), (half, None), (True, False), ((one, one), finds, (None, None)), rates
     ):
         if nesterov and buffer is None:
             continue
         words = f"{'momentum' if buffer is not None else 'plain'}{' nesterov' if nesterov else ''}"
-        words += f"{' +half' if copy is not None else ''}{'' if guards[0] is None else ' guarded'}"
+        words += "" if copy is None else " +half"
+        words += "" if guards[0] is None else " guarded" if guards is not finds else " finds"
         with _recorded(found, f"{words}, lr {'on the device' if lr is one else 'given'}"):
             sgd_step.sgd_step_fwd(
                 grads, sizes, offsets, flat, buffer, copy, lr, 0.9, 1e-4, nesterov, False, *guards
@@ -370,6 +381,7 @@ OPS: dict[str, Callable[[torch.dtype], list[Variant]]] = {
     "augment": augment_variants,
     "stochastic_depth_add": stochastic_depth_add_variants,
     "unscale": unscale_variants,
+    "update_scale": update_scale_variants,
     "cast": cast_variants,
     "sgd_step": sgd_step_variants,
     "meprop": meprop_variants,

@@ -94,9 +94,8 @@ class _GraphedStep(Step):
         if next(self._number) % trainer.steps_per_epoch == 0:
             every = torch.arange(len(trainer.data.train), device=trainer.workers.device)
             step.begin_epoch(0, every)
-            trainer.sums.begin()
         step()
-        return trainer.sums.total
+        return trainer.losses.each
 
 
 def images(batch_size: int, device: torch.device) -> int:

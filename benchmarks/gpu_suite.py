@@ -38,6 +38,7 @@ _OPS = (
     "stem_conv2d",
     "augment",
     "unscale",
+    "update_scale",
     "cast",
     "sgd_step",
     "yellowfin",

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastres.ops import update_scale
 from fastres.ops._dense import send
 
 _T = TypeVar("_T")
@@ -53,6 +54,7 @@ class LossScale:
         # On the device of the first loss, once there is one.
         self._scale: Tensor | None = None
         self._growth_tracker: Tensor | None = None
+        # int32 [2]: in a row, and in all since there is one.
         self._skipped: Tensor | None = None
 
     def scale(self, outputs: _T) -> _T:
@@ -60,6 +62,32 @@ class LossScale:
         if not self._enabled:
             return outputs
         return self._scaled(outputs)
+
+    def seed(self, loss: Tensor) -> Tensor | None:
+        """What loss.backward begins with in place of scale(loss).backward(): two launches less.
+
+            loss.backward(scaler.seed(loss))
+
+        Args:
+            loss: one element, fp32 or fp64.
+        Returns:
+            The scale, in the loss's dtype and shape, of this moment: to be used before the next
+            update. None where scaling is disabled, as backward takes it.
+        Raises:
+            ValueError: a loss of half precision, in which the scale may have no number, or of more
+                elements.
+        """
+        if not self._enabled:
+            return None
+        if loss.numel() != 1 or loss.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"loss: expected one element of torch.float32 or torch.float64, got "
+                f"{list(loss.shape)} of {loss.dtype}: use scale(loss).backward()"
+            )
+        if self._scale is None:
+            self._start(loss.device)
+        assert self._scale is not None
+        return send(self._scale, loss.device).to(loss.dtype).view(loss.shape)
 
     def _scaled(self, outputs: Any) -> Any:
         if isinstance(outputs, Tensor):
@@ -80,7 +108,7 @@ class LossScale:
 
         self._scale = scalar(self._init_scale, torch.float32)
         self._growth_tracker = scalar(self._init_growth_tracker, torch.int32)
-        self._skipped = scalar(self._init_skipped, torch.int32)
+        self._skipped = scalar(self._init_skipped, torch.int32).repeat(2)
 
     def _started(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         if self._scale is None or self._growth_tracker is None or self._skipped is None:
@@ -103,21 +131,25 @@ class LossScale:
         """
         if self._skipped is None:
             return torch.tensor(self._init_skipped, dtype=torch.int32)
-        return self._skipped
+        return self._skipped[0]
 
-    def _count(self, found_inf: Tensor) -> None:
-        """Another step skipped in a row, or none any more."""
-        *_, skipped = self._started("update")
-        skipped.add_(1).mul_(found_inf.to(torch.int32))
+    @property
+    def skipped_in_all(self) -> Tensor:
+        """int32 [], on the device: steps skipped since some moment; two readings are compared."""
+        if self._skipped is None:
+            return torch.tensor(self._init_skipped, dtype=torch.int32)
+        return self._skipped[1]
 
-    def _adapt(self, found_inf: Tensor) -> None:
-        """Back off, or grow after growth_interval clean steps."""
-        scale, growth_tracker, _ = self._started("update")
-        torch._amp_update_scale_(
-            scale, growth_tracker, found_inf, self._growth_factor, self._backoff_factor,
-            self._growth_interval,
+    def _adapt(self, found_inf: Tensor, adapts: bool = True) -> None:
+        """Back off, or grow after growth_interval clean steps; or count what was skipped alone."""
+        scale, growth_tracker, skipped = self._started("update")
+        if not adapts:
+            scale, growth_tracker = scale.clone(), growth_tracker.clone()
+        update_scale(
+            scale, growth_tracker, skipped, found_inf, growth_factor=self._growth_factor,
+            backoff_factor=self._backoff_factor, growth_interval=self._growth_interval,
+            min_scale=self._min_scale,
         )  # fmt: skip
-        scale.clamp_(min=self._min_scale)
 
     def _set(self, new_scale: float | Tensor) -> None:
         scale, *_ = self._started("update")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastres._loss_scale import LossScale
 from fastres._optimizers import (
+    check_grads,
     device_of,
     gradients,
     has_buffers,
@@ -173,22 +174,37 @@ class LossScaler(LossScale):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Let optimizer.step() find the scale and found_inf as its attributes; return found_inf."""
+        """Let optimizer.step() find the scale and found_inf as its attributes; return found_inf.
+
+        Or, where the step itself looks at the gradients, what it finds that with.
+        """
         # What the user left there counts as a part of the scale, as with GradScaler.
         given = getattr(optimizer, "grad_scale", None)
+        overflow = None
         if progress.stage == "ready":
             if isinstance(optimizer, FusedSGD):
                 optimizer.drop_master_grads()
+                overflow = optimizer.find_overflow()
             grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
             scale = send(scale, device_of(grads, scale))
-            progress.found_inf, _ = unscale(grads, scale, write=False)
+            if overflow is None:
+                progress.found_inf, _ = unscale(grads, scale, write=False)
+            else:
+                check_grads(grads, scale.device)
             given = scale if given is None else scale * given
-        assert progress.found_inf is not None
-        optimizer.grad_scale, optimizer.found_inf = given, progress.found_inf
+        handed: dict[str, Any] = {"grad_scale": given, "found_inf": progress.found_inf}
+        if overflow is not None:
+            handed["overflow"] = overflow
+        for name, value in handed.items():
+            setattr(optimizer, name, value)
         try:
             optimizer.step(*args, **kwargs)
         finally:
-            del optimizer.grad_scale, optimizer.found_inf
+            for name in handed:
+                delattr(optimizer, name)
+        if overflow is not None:
+            progress.found_inf = overflow.found_inf  # until the next step writes there again
+        assert progress.found_inf is not None
         return progress.found_inf
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -215,9 +231,7 @@ class LossScaler(LossScale):
             )
         if found:
             found_inf = found[0] if len(found) == 1 else torch.stack(found).amax()
-            self._count(found_inf)
-            if new_scale is None:
-                self._adapt(found_inf)
+            self._adapt(found_inf, adapts=new_scale is None)
         self._progress = {}
         for watched in self._watched:
             watched.open()

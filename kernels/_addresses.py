@@ -34,9 +34,9 @@ _captured: list[torch.Tensor] = []
 
 
 @triton.jit
-def block_row(blocks_ptr):
-    """This program's row of the block table: tensor, first element, count, and two more."""
-    row = blocks_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
+def block_row(blocks_ptr, block):
+    """A block's row of the table: tensor, first element, count, and two more."""
+    row = blocks_ptr + block.to(tl.int64) * COLUMNS
     count = tl.load(row + 2).to(tl.int32)
     return tl.load(row), tl.load(row + 1), count, tl.load(row + 3), tl.load(row + 4)
 

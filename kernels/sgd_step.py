@@ -6,8 +6,12 @@
 Gradients lie wherever autograd put them and go in as a table of addresses; parameters, momentum and
 the half copy are flat. With found_inf set nothing is written.
 
+Nobody has seen every gradient before a launch's programs step. So where the step itself is to find
+Inf and NaN, each program keeps what it overwrites, and the last to arrive puts everything back if
+one of them met any: an integer ticket counts both.
+
 Least bytes moved, with e bytes a gradient element: e + 8 (p in and out), 8 more with momentum, 2
-more with a half copy.
+more with a half copy, and for what is kept 4 more, or 8 with momentum.
 """
 
 from collections.abc import Sequence
@@ -20,38 +24,86 @@ from . import _addresses
 from ._addresses import KINDS, NUM_WARPS, block_row, load_elements
 from ._launch import launch_opaque
 
-__all__ = ["sgd_step_fwd"]
+__all__ = ["ARRIVALS", "sgd_step_fwd"]
+
+# The ticket counts all programs, and in multiples of this those that met an Inf or a NaN.
+FOUND = tl.constexpr(1 << 15)
+# Programs of a launch that may take a ticket.
+ARRIVALS = FOUND.value - 1
+
+
+@triton.jit
+def _place(start, count, offset, lanes):
+    """Where in the flat a block begins, and which lanes it has.
+
+    Every parameter begins at a multiple of 16 elements, and so does every block. To the next
+    multiple there is nobody's zero, which steps to zero: then accesses are of 128 bits.
+    """
+    return tl.multiple_of(offset + start, 16), lanes < (count + 15) // 16 * 16
+
+
+@triton.jit
+def _put_back(
+    grads_ptr, blocks_ptr, param_ptr, momentum_ptr, half_ptr, before_ptr, total, P,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Undo the steps of all programs, which have left what was there in before_ptr."""
+    for block in range(P):
+        tensor, start, count, _, offset = block_row(blocks_ptr, tl.full((), block, tl.int32))
+        if tl.load(grads_ptr + tensor) != 0:
+            lanes = tl.arange(0, BLOCK)
+            at, ok = _place(start, count, offset, lanes)
+            # Not from a cache that other programs' stores do not reach.
+            p = tl.load(before_ptr + at + lanes, mask=ok, other=0.0, cache_modifier=".cg")
+            tl.store(param_ptr + at + lanes, p, mask=ok)
+            if half_ptr is not None:
+                tl.store(half_ptr + at + lanes, p.to(half_ptr.dtype.element_ty), mask=ok)
+            if momentum_ptr is not None:
+                m_ptrs = before_ptr + total + at + lanes
+                m = tl.load(m_ptrs, mask=ok, other=0.0, cache_modifier=".cg")
+                tl.store(momentum_ptr + at + lanes, m, mask=ok)
 
 
 @triton.jit
 def _sgd_step_fwd_kernel(
     grads_ptr, blocks_ptr, param_ptr, momentum_ptr, half_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
-    lr, momentum, weight_decay,
+    before_ptr, ticket_ptr,
+    lr, momentum, weight_decay, total, P,
     DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one parameter; the fifth number of its row is where in the flat it begins."""
-    tensor, start, count, kind, offset = block_row(blocks_ptr)
+    """One block of one parameter; the fifth number of its row is where in the flat it begins.
+
+    With before [2, total] fp32 ([1, total] without momentum) and ticket int32, zero before and
+    after: found_inf is not read but written.
+    """
+    tensor, start, count, kind, offset = block_row(blocks_ptr, tl.program_id(0))
     address = tl.load(grads_ptr + tensor)
     # A parameter without a gradient stays as it is, weight decay and all.
     steps = address != 0
-    if found_inf_ptr is not None:
+    found = tl.full((), 0, tl.int32)
+    if ticket_ptr is None and found_inf_ptr is not None:
         steps = steps & (tl.load(found_inf_ptr) == 0.0)
     if steps:
         lanes = tl.arange(0, BLOCK)
         g = load_elements(address, start, lanes, count, kind)
+        if ticket_ptr is not None:
+            # Inf and NaN alone are no less than infinity; a gradient that is only large passes.
+            found = tl.max(tl.where(tl.abs(g) < float("inf"), 0, 1), 0)
         if grad_scale_ptr is not None:
             g *= tl.div_rn(1.0, tl.load(grad_scale_ptr))
         if MAXIMIZE:
             g = -g
-        # Every parameter begins at a multiple of 16 elements, and so does every block. To the next
-        # multiple there is nobody's zero, which steps to zero: then accesses are of 128 bits.
-        ok = lanes < (count + 15) // 16 * 16
-        flat = tl.multiple_of(offset + start, 16)
+        flat, ok = _place(start, count, offset, lanes)
         p = tl.load(param_ptr + flat + lanes, mask=ok, other=0.0)
+        if before_ptr is not None:
+            tl.store(before_ptr + flat + lanes, p, mask=ok)
         if DECAY:
             g += weight_decay * p
         if momentum_ptr is not None:
-            m = momentum * tl.load(momentum_ptr + flat + lanes, mask=ok, other=0.0) + g
+            m = tl.load(momentum_ptr + flat + lanes, mask=ok, other=0.0)
+            if before_ptr is not None:
+                tl.store(before_ptr + total + flat + lanes, m, mask=ok)
+            m = momentum * m + g
             tl.store(momentum_ptr + flat + lanes, m, mask=ok)
             if NESTEROV:
                 g += momentum * m
@@ -64,6 +116,21 @@ def _sgd_step_fwd_kernel(
         tl.store(param_ptr + flat + lanes, p, mask=ok)
         if half_ptr is not None:
             tl.store(half_ptr + flat + lanes, p.to(half_ptr.dtype.element_ty), mask=ok)
+    if ticket_ptr is not None:
+        # Every thread's stores are on their way before the ticket is taken; acquire and release,
+        # and the last to arrive comes after all of them.
+        tl.debug_barrier()
+        arrival = found * FOUND + 1
+        arrived = tl.atomic_add(ticket_ptr, arrival) + arrival
+        if arrived % FOUND == P:
+            overflowed = arrived >= FOUND
+            tl.store(found_inf_ptr, tl.where(overflowed, 1.0, 0.0))
+            tl.store(ticket_ptr, 0)
+            if overflowed:
+                _put_back(
+                    grads_ptr, blocks_ptr, param_ptr, momentum_ptr, half_ptr, before_ptr, total, P,
+                    BLOCK,
+                )  # fmt: skip
 
 
 def sgd_step_fwd(
@@ -80,6 +147,8 @@ def sgd_step_fwd(
     maximize: bool,
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    before: torch.Tensor | None = None,
+    ticket: torch.Tensor | None = None,
 ) -> None:
     """Step param, momentum_buffer and half in place.
 
@@ -90,19 +159,24 @@ def sgd_step_fwd(
         param, momentum_buffer: flat, fp32; half: flat, fp16 or bf16. momentum_buffer None: no
             momentum.
         lr, grad_scale, found_inf: one element each where they are tensors, the last two fp32.
+        before: fp32, [2, elements of param], or [1, ...] without momentum: found_inf is written.
+        ticket: int32 [], zero; with before.
     """
-    if all(grad is None for grad in grads):
-        return
     kinds = [0 if grad is None else KINDS[grad.dtype] for grad in grads]
     rows = _addresses.blocks(sizes, kinds, offsets, param.device)
-    if rows.shape[0] == 0:
+    P = rows.shape[0]
+    if P == 0 or all(grad is None for grad in grads):
+        if before is not None and found_inf is not None:
+            found_inf.zero_()
         return
+    if before is not None and P > ARRIVALS:
+        raise ValueError(f"before: expected {ARRIVALS} blocks or fewer, got {P}: give found_inf")
     as_tensor = isinstance(lr, torch.Tensor)
     launch_opaque(
-        _sgd_step_fwd_kernel, (rows.shape[0],),
+        _sgd_step_fwd_kernel, (P,),
         _addresses.table(grads, param.device), rows, param, momentum_buffer, half,
-        grad_scale, found_inf, lr if as_tensor else None,
-        0.0 if as_tensor else float(lr), float(momentum), float(weight_decay),
+        grad_scale, found_inf, lr if as_tensor else None, before, ticket,
+        0.0 if as_tensor else float(lr), float(momentum), float(weight_decay), param.numel(), P,
         DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize,
         BLOCK=_addresses.BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

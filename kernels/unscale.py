@@ -35,7 +35,7 @@ def _unscale_fwd_kernel(
 
     partial [P] fp32, ticket int32 zero and norm fp32: where the norm is asked for, else None.
     """
-    tensor, start, count, kind, out_kind = block_row(blocks_ptr)
+    tensor, start, count, kind, out_kind = block_row(blocks_ptr, tl.program_id(0))
     lanes = tl.arange(0, BLOCK)
     grad = load_elements(tl.load(grads_ptr + tensor), start, lanes, count, kind)
     # Inf and NaN alone are no less than infinity; a gradient that is only large passes.

@@ -30,31 +30,34 @@ MOST_GRAPHS = 64
 _CAPTURE = "thread_local"
 
 
-class EpochSums:
-    """Of an epoch's steps so far, on the device: losses, their number, and steps that were skipped.
+class EpochLosses:
+    """The losses of an epoch's steps, each put where it belongs, to be summed at its end.
 
+    Args:
+        steps: of an epoch.
     Attributes:
-        total, counted, skipped: fp64 [], views of one tensor.
+        each: fp32 [steps].
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._all = torch.zeros(3, dtype=torch.float64, device=device)
-        self.total, self.counted, self.skipped = self._all
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.each = torch.zeros(steps, dtype=torch.float32, device=device)
 
-    def begin(self) -> None:
-        self._all.zero_()
+    def put(self, step: int | Tensor, loss: Tensor) -> None:
+        """step: of the epoch; a tensor, int64 [], is read on the device."""
+        if isinstance(step, Tensor):
+            self.each.index_copy_(0, step.view(1), loss.float().view(1))
+        else:
+            self.each[step].copy_(loss)
 
-    def add(self, loss: Tensor, stepped: Tensor | None) -> None:
-        """stepped: bool [], or None where no step is ever skipped."""
-        if stepped is None:
-            self.total += loss
-            self.counted += 1
-            return
-        # A loss that overflowed has no part in the mean, as it had none in the weights.
-        finite = loss.isfinite()
-        self.total += torch.where(finite, loss, 0.0)
-        self.counted += finite
-        self.skipped += ~stepped
+    def total(self, *, finite: bool) -> tuple[Tensor, Tensor]:
+        """Their sum and number, fp64 []; finite: without those that overflowed.
+
+        With loss scaling a step that overflows is skipped, and its loss then has no part in the
+        mean, as it had none in the weights.
+        """
+        losses = self.each.double()
+        counted = losses.isfinite() if finite else torch.ones_like(losses, dtype=torch.bool)
+        return torch.where(counted, losses, 0.0).sum(), counted.sum().double()
 
 
 class DeviceStep:
@@ -73,14 +76,15 @@ class DeviceStep:
         self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
         self._lr = torch.zeros((), dtype=torch.float64, device=device)
         self._epoch = torch.zeros((), dtype=torch.int64, device=device)
-        # The step, and of this process's share of its batch the places in the epoch's order; both
-        # go on at once.
+        # The step of the run and of the epoch, and of this process's share of its batch the places
+        # in the epoch's order; all go on at once.
         share = config.batch_size // workers.world_size
         self._first = torch.arange(share, device=device) + workers.rank * share
-        self._counters = torch.zeros(1 + share, dtype=torch.int64, device=device)
-        self._step, self._places = self._counters[0], self._counters[1:]
+        self._counters = torch.zeros(2 + share, dtype=torch.int64, device=device)
+        self._step, self._of_epoch = self._counters[:2]
+        self._places = self._counters[2:]
         self._onward = torch.full_like(self._counters, config.batch_size)
-        self._onward[0] = 1
+        self._onward[:2] = 1
         self._order = torch.zeros(len(trainer.data.train), dtype=torch.int64, device=device)
 
     def begin_epoch(self, epoch: int, order: Tensor | None = None) -> None:
@@ -94,6 +98,7 @@ class DeviceStep:
         self._number = epoch * trainer.steps_per_epoch
         self._epoch.fill_(epoch)
         self._step.fill_(self._number)
+        self._of_epoch.zero_()
         self._places.copy_(self._first)
         if order is None:
             order = shuffle(len(self._order), trainer.config.seed, epoch, trainer.workers.device)
@@ -124,7 +129,8 @@ class DeviceStep:
             self._lr.copy_(self._rates.index_select(0, self._step.view(1))[0])
             trainer.drops.follow(self._step)
             index = self._order.index_select(0, self._places)
-            trainer.sums.add(*trainer.update(index, self._epoch))
+            loss, _ = trainer.update(index, self._epoch)
+            trainer.losses.put(self._of_epoch, loss)
             self._counters += self._onward
 
 

@@ -46,6 +46,7 @@ class MicroBatches:
         model: where it trains, in its dtype.
         drops: what the model's units draw from.
         scaler: of the loss; with a count of 1 it watches the model.
+        watch: False where every statistic moves by `deferred`, and nothing is ever to be undone.
     """
 
     def __init__(
@@ -56,13 +57,15 @@ class MicroBatches:
         model: nn.Module,
         drops: StepGenerator,
         scaler: LossScaler,
+        watch: bool = True,
     ) -> None:
         self.count, self._first = count, rank * count
         self._network, self._drops, self._scaler = network, drops, scaler
         self._statistics: list[_Statistics] = []
         self._before: list[Tensor] = []
         if count == 1:
-            scaler.watch(model)
+            if watch:
+                scaler.watch(model)
             return
         for p in model.parameters():
             p.register_hook(lambda grad: grad * (1 / count))

@@ -51,6 +51,21 @@ def to_half(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(p.detach().half()))
 
 
+def defers_statistics(model: ResNet, device: torch.device, fused_loss: bool) -> bool:
+    """Whether no BatchNorm of a model moves its running statistics but by deferred_updates.
+
+    So it is where every one is in a unit that is one op or, with fused_loss, in the classifier's,
+    by the kernels.
+    """
+    norms = {m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    units = [m for m in model.modules() if isinstance(m, PreActUnit) and m.whole]
+    deferred = {norm for unit in units for norm in unit.modules()} & norms
+    if fused_loss and model.bn is not None:
+        deferred.add(model.bn)
+    fp32 = all(b.dtype in (torch.float32, torch.int64) for norm in norms for b in norm.buffers())
+    return takes_kernels(torch.empty(0, device=device)) and fp32 and deferred == norms
+
+
 def fused_ops(trainer: "Trainer") -> str:
     """Which fused ops a run takes, for the person who asked for --fused."""
     triton = takes_kernels(torch.empty(0, device=trainer.workers.device))
@@ -72,7 +87,11 @@ def fused_ops(trainer: "Trainer") -> str:
         "meprop_conv2d": sum(isinstance(m, MePropConv2d) for m in trainer.model.modules()),
     }
     layers = [f"{name} ({count} layers)" for name, count in counts.items() if count]
-    steps = ["augment", *(["unscale"] if trainer.scaler.is_enabled() else [])]
-    steps += ["sgd_step"] if isinstance(trainer.optimizer, FusedSGD) else []
+    sgd = trainer.optimizer if isinstance(trainer.optimizer, FusedSGD) else None
+    steps = ["augment"]
+    if trainer.scaler.is_enabled():
+        # A step that sees for itself whether it overflows has nothing unscaled before it.
+        steps += ["update_scale"] if sgd and sgd.find_overflow() else ["unscale", "update_scale"]
+    steps += ["sgd_step"] if sgd else []
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from config import Config
-from device_step import DeviceStep, EpochSums, GraphedCount, GraphedStep
+from device_step import DeviceStep, EpochLosses, GraphedCount, GraphedStep
 from errors import TrainError
 from flat_gradients import FlatGradients
 from image_view import ImageView
 from micro_batches import MicroBatches
-from networks import build_model, to_half
+from networks import build_model, defers_statistics, to_half
 from optimizers import build_optimizer, in_model_order
 from records import Progress, Record
 from schedule import lr_factor, meprop_is_dense
@@ -113,7 +113,7 @@ class Trainer(ImageView):
         self.optimizer = build_optimizer(config, self.model)
         self.scaler = self.make_scaler()
         self.epoch = 0
-        self.sums = EpochSums(device)
+        self.losses = EpochLosses(self.steps_per_epoch, device)
         self._one = torch.ones((), device=device)
         self.meprop_dense = True
         self.network: nn.Module = self.model
@@ -129,8 +129,9 @@ class Trainer(ImageView):
             )
             self._settle_buckets()
         self.micro_batches = MicroBatches(
-            config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler
-        )
+            config.micro_batches, workers.rank, self.network, self.model, self.drops, self.scaler,
+            watch=not defers_statistics(self.model, device, self.fused_loss),
+        )  # fmt: skip
         self.device_step: DeviceStep | None = None
         self.count_correct = self.right_answers
         if config.cuda_graph:
@@ -223,7 +224,8 @@ class Trainer(ImageView):
             with self.micro_batches.deferred() as updates:
                 loss, _ = self._loss(part, epoch)
             with self.phase("backward"):
-                self.scaler.scale(loss).backward(self._one)
+                seed = self.scaler.seed(loss)
+                loss.backward(self._one if seed is None else seed)
             losses.append(loss.detach())
         if self.gradients is not None:
             self.gradients.average()
@@ -255,8 +257,9 @@ class Trainer(ImageView):
             return
         first = self.epoch * self.steps_per_epoch
         with contextlib.closing(self.batches(self.epoch)) as batches:
-            for step, index in enumerate(batches, start=first):
-                self.sums.add(*self.train_step(index, step))
+            for step, index in enumerate(batches):
+                loss, _ = self.train_step(index, first + step)
+                self.losses.put(step, loss)
                 yield
 
     def train_epoch(self, progress: Progress) -> Record:
@@ -275,8 +278,7 @@ class Trainer(ImageView):
         )
         self.model.set_meprop(sparse=not self.meprop_dense)
         start = time.perf_counter()
-        sums = self.sums
-        sums.begin()
+        skipped = self.scaler.skipped_in_all.clone()
         for i, _ in enumerate(self._steps(), start=1):
             if self.scaler.is_enabled() and (
                 i % config.max_skipped_steps == 0 or i == self.steps_per_epoch
@@ -286,9 +288,10 @@ class Trainer(ImageView):
         if self.gradients is not None:
             self.gradients.check()
         # The last update shows in the weights alone. Summed, a NaN on one process stops them all.
+        total, counted = self.losses.total(finite=self.scaler.is_enabled())
         for t in (*self.model.parameters(), *self.model.buffers()):
-            sums.total += 0.0 * t.detach().double().sum()
-        mean_loss = float(workers.sum_(sums.total) / workers.sum_(sums.counted))
+            total += 0.0 * t.detach().double().sum()
+        mean_loss = float(workers.sum_(total) / workers.sum_(counted))
         seconds = time.perf_counter() - start
         if not math.isfinite(mean_loss):
             raise TrainError(
@@ -297,7 +300,8 @@ class Trainer(ImageView):
             )
         self.epoch += 1
         images = self.steps_per_epoch * config.batch_size
-        scaling = {"skipped_steps": int(sums.skipped), "loss_scale": self.scaler.get_scale()}
+        skipped = self.scaler.skipped_in_all - skipped.to(workers.device)
+        scaling = {"skipped_steps": int(skipped), "loss_scale": self.scaler.get_scale()}
         return {
             "epoch": self.epoch,
             "loss": mean_loss,

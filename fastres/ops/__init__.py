@@ -17,6 +17,7 @@ from fastres.ops.step_generator import StepGenerator, UnitGenerator
 from fastres.ops.stochastic_depth_add import StochasticDepthAdd, stochastic_depth_add
 from fastres.ops.stochastic_depth_unit import StochasticDepth, StochasticDepthUnit
 from fastres.ops.unscale import unscale
+from fastres.ops.update_scale import update_scale
 
 __all__ = [
     "BatchMoments",
@@ -50,4 +51,5 @@ __all__ = [
     "takes_kernels",
     "unscale",
     "update_every_stats",
+    "update_scale",
 ]

@@ -10,15 +10,31 @@ arXiv:1710.03740.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres.ops._dense import check_grads, is_dense, row, send
 from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops.unscale import unscale
 
 # Elements between the beginnings of two parameters are a multiple of this: 128-bit accesses.
 ALIGNMENT = 16
+
+
+class Overflow(NamedTuple):
+    """What sgd_step needs to find Inf and NaN itself: made by overflow_of, for one flat buffer.
+
+    Attributes:
+        found_inf: fp32 [], written by every step.
+        before: fp32 [2, elements], or [1, elements] without momentum: what a step overwrote.
+        ticket: int32 [], zero between steps.
+    """
+
+    found_inf: Tensor
+    before: Tensor
+    ticket: Tensor
 
 
 def sgd_step_reference(
@@ -49,7 +65,10 @@ def sgd_step_reference(
     return p - lr * (g + momentum * m if nesterov else m), m
 
 
-@register_op("sgd_step", mutates_args=("param", "momentum_buffer", "half"), traceable=False)
+_CHANGED = ("param", "momentum_buffer", "half", "found", "before", "ticket")
+
+
+@register_op("sgd_step", mutates_args=_CHANGED, traceable=False)
 def _sgd_step(
     grads: list[Tensor | None],
     sizes: list[int],
@@ -65,11 +84,18 @@ def _sgd_step(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    found: Tensor | None,
+    before: Tensor | None,
+    ticket: Tensor | None,
 ) -> None:
-    """One step in place; see sgd_step. lr counts where there is no lr_tensor."""
+    """One step in place; see sgd_step. lr counts where there is no lr_tensor.
+
+    found_inf is read, or found, before and ticket are an Overflow.
+    """
     kernels("sgd_step", param).sgd_step_fwd(
         grads, sizes, offsets, param, momentum_buffer, half, lr if lr_tensor is None else lr_tensor,
-        momentum, weight_decay, nesterov, maximize, grad_scale, found_inf,
+        momentum, weight_decay, nesterov, maximize, grad_scale,
+        found_inf if found is None else found, before, ticket,
     )  # fmt: skip
 
 
@@ -89,6 +115,9 @@ def _(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    found: Tensor | None,
+    before: Tensor | None,
+    ticket: Tensor | None,
 ) -> None:
     return None
 
@@ -105,6 +134,16 @@ def flat_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, total
 
 
+def overflow_of(param: Tensor, momentum_buffer: Tensor | None = None) -> Overflow:
+    """An Overflow for the steps of a flat buffer."""
+    rows = 1 if momentum_buffer is None else 2
+    return Overflow(
+        param.new_zeros(()),
+        param.new_empty(rows, param.numel()),
+        param.new_zeros((), dtype=torch.int32),
+    )
+
+
 def sgd_step(
     grads: Sequence[Tensor | None],
     sizes: Sequence[int],
@@ -119,6 +158,7 @@ def sgd_step(
     half: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    overflow: Overflow | None = None,
 ) -> None:
     """Step the parameters of a flat buffer by SGD, in place: one launch on a GPU.
 
@@ -126,8 +166,11 @@ def sgd_step(
     p -= lr * (g + momentum * m if nesterov else m);   half = p
 
     A step with found_inf set leaves every buffer bitwise as it is, and nothing waits for the device
-    to tell. A parameter without a gradient is left as it is. The elements between parameters, to
-    the next multiple of 16, must be zeros, and stay so.
+    to tell. With an overflow the step sees for itself whether a gradient is Inf or NaN, and if one
+    is, puts back what it wrote: no launch goes before it then, and 4 bytes more are moved an
+    element, 8 with momentum. A half copy that is put back is its parameter, rounded. A parameter
+    without a gradient is left as it is. The elements between parameters, to the next multiple of
+    16, must be zeros, and stay so.
 
     Args:
         grads: a gradient for each parameter, fp32, fp16 or bf16, dense in memory in the order of
@@ -141,6 +184,8 @@ def sgd_step(
         half: fp16 or bf16, flat, param rounded to nearest, or None.
         grad_scale: fp32, one element, that the gradients are divided by, or None.
         found_inf: fp32, one element; anything but 0 skips the step, or None.
+        overflow: of this buffer, by overflow_of(param, momentum_buffer), in found_inf's place: its
+            found_inf is written, 1.0 where the step was skipped, else 0.0.
     Raises:
         ValueError: a gradient, buffer or number that does not fit.
     Source: Sutskever et al. 2013; Micikevicius et al. 2018, arXiv:1710.03740.
@@ -148,10 +193,15 @@ def sgd_step(
     offsets, total = flat_offsets(sizes)
     _check(grads, sizes, total, param, momentum_buffer, half, momentum, nesterov)
     buffer = momentum_buffer if momentum != 0 else None
-    settings = lr, momentum, weight_decay, nesterov, maximize, grad_scale, found_inf
+    if overflow is not None:
+        _check_overflow(overflow, param, buffer, found_inf)
+    settings = lr, momentum, weight_decay, nesterov, maximize, grad_scale
     if takes_kernels(param):
-        step_flat(grads, sizes, offsets, param, buffer, half, *settings)
+        step_flat(grads, sizes, offsets, param, buffer, half, *settings, found_inf, overflow)
         return
+    if overflow is not None:
+        found_inf, _ = unscale(grads, torch.ones_like(overflow.found_inf), write=False)
+        overflow.found_inf.copy_(found_inf)
     # All views in one call: a parameter's part of the buffer, then what is between it and the next.
     ends = [*offsets, total][1:]
     spans = zip(sizes, offsets, ends, strict=True)
@@ -161,7 +211,7 @@ def sgd_step(
         return None if flat is None else list(flat.split_with_sizes(parts)[::2])
 
     rows = [None if grad is None else row(grad) for grad in grads]
-    step_each(rows, views(param) or [], views(buffer), views(half), *settings)
+    step_each(rows, views(param) or [], views(buffer), views(half), *settings, found_inf)
 
 
 def step_flat(
@@ -178,6 +228,7 @@ def step_flat(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    overflow: Overflow | None = None,
 ) -> None:
     """sgd_step for checked arguments, by the kernel."""
     device = param.device
@@ -187,7 +238,7 @@ def step_flat(
     )
     torch.ops.fastres.sgd_step.default(
         grads, sizes, offsets, param, momentum_buffer, half, number, tensor, momentum,
-        weight_decay, nesterov, maximize, grad_scale, found_inf,
+        weight_decay, nesterov, maximize, grad_scale, found_inf, *(overflow or (None, None, None)),
     )  # fmt: skip
 
 
@@ -285,3 +336,18 @@ def _check(
         raise ValueError(f"momentum_buffer: needed where momentum is {momentum}, got None")
     if nesterov and momentum == 0:
         raise ValueError("nesterov: needs a momentum, got momentum=0")
+
+
+def _check_overflow(
+    overflow: Overflow, param: Tensor, momentum_buffer: Tensor | None, found_inf: Tensor | None
+) -> None:
+    if found_inf is not None:
+        raise ValueError("found_inf: expected None with an overflow, which finds it")
+    rows = 1 if momentum_buffer is None else 2
+    before = overflow.before
+    if before.shape[1:] != param.shape or before.shape[0] < rows or before.device != param.device:
+        raise ValueError(
+            f"overflow: expected what overflow_of(param, momentum_buffer) makes, before of "
+            f"[{rows}, {param.numel()}] on {param.device}, got {list(before.shape)} on "
+            f"{before.device}"
+        )

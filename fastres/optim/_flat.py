@@ -9,7 +9,11 @@ from torch.nn import Parameter
 
 from fastres.ops import cast, flat_offsets, takes_kernels
 from fastres.ops._dense import DTYPES, is_dense, like
-from fastres.ops.sgd_step import step_each, step_flat
+from fastres.ops.sgd_step import Overflow, overflow_of, step_each, step_flat
+
+# Elements up to which a step finds an overflow itself: one launch and 4 bytes an element more, each
+# of which a launch of its own takes some microseconds to make up for. Not tuned on a GPU yet.
+FINDS_OVERFLOW = 1 << 21
 
 
 class FlatParameters:
@@ -40,6 +44,7 @@ class FlatParameters:
         self.half = None if first.dtype == torch.float32 else self.flat.to(first.dtype)
         self.momentum: Tensor | None = None
         self.momentum_views: list[Tensor] = []
+        self._overflow: Overflow | None = None
         stored = self.views(self.flat if self.half is None else self.half)
         with torch.no_grad():
             for p, view in zip(self.params, stored, strict=True):
@@ -64,6 +69,18 @@ class FlatParameters:
         if self.momentum is None:
             self.momentum = torch.zeros_like(self.flat)
             self.momentum_views = self.views(self.momentum)
+
+    @property
+    def finds_overflow(self) -> bool:
+        """Whether one launch may step and see for itself if a gradient is Inf or NaN."""
+        return takes_kernels(self.flat) and self.flat.numel() <= FINDS_OVERFLOW
+
+    def need_overflow(self) -> Overflow:
+        """What `step` then takes: one for all steps, made where it has no room for momentum."""
+        made = self._overflow
+        if made is None or (len(made.before) == 1 and self.momentum is not None):
+            made = self._overflow = overflow_of(self.flat, self.momentum)
+        return made
 
     def check(self) -> None:
         """Raise RuntimeError unless every parameter still is where it was put."""
@@ -115,9 +132,14 @@ class FlatParameters:
         return found, unscaled
 
     def step(
-        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        overflow: Overflow | None = None,
     ) -> None:
-        """Take FusedSGD's step with a group's settings, unless found_inf is set."""
+        """Take FusedSGD's step with a group's settings, unless found_inf is set or an overflow
+        found."""
         self.check()
         self.refresh()
         grads, unscaled = self.gradients()
@@ -128,7 +150,9 @@ class FlatParameters:
         moves = group["momentum"] != 0
         if takes_kernels(self.flat):
             buffer = self.momentum if moves else None
-            step_flat(grads, self.sizes, self.offsets, self.flat, buffer, self.half, *settings)
+            step_flat(
+                grads, self.sizes, self.offsets, self.flat, buffer, self.half, *settings, overflow
+            )
         else:
             buffers = self.momentum_views if moves else None
             step_each(grads, self.masters, buffers, self.halves, *settings)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.ops.sgd_step import Overflow
 from fastres.optim._flat import FlatParameters, checked
 
 
@@ -96,12 +97,13 @@ class FusedSGD(torch.optim.Optimizer):
                 loss = closure()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        overflow: Overflow | None = getattr(self, "overflow", None)
         for group, parts in zip(self.param_groups, self._flat, strict=True):
             _check_group(group)
             for part in parts:
                 if group["momentum"] != 0:
                     self._show_momentum(part)
-                part.step(group, grad_scale, found_inf)
+                part.step(group, grad_scale, found_inf, overflow)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -122,6 +124,20 @@ class FusedSGD(torch.optim.Optimizer):
             for p, master in zip(part.params, part.masters, strict=True)
         }
         return [found[p] for group in self.param_groups for p in group["params"]]
+
+    def find_overflow(self) -> Overflow | None:
+        """What a step finds Inf and NaN with that is handed it as the attribute `overflow`, beside
+        grad_scale: its found_inf says afterwards whether the step was skipped.
+
+        None where parameters lie in several buffers, none of whose steps sees the others'
+        gradients, in a large one, or on a CPU: found_inf is found before such a step.
+        """
+        parts = [part for parts in self._flat for part in parts]
+        if len(parts) != 1 or not parts[0].finds_overflow:
+            return None
+        if self.param_groups[0]["momentum"] != 0:
+            self._show_momentum(parts[0])
+        return parts[0].need_overflow()
 
     def drop_master_grads(self) -> None:
         """Forget the fp32 gradients that LossScaler.unscale_ made of half-precision ones."""

@@ -41,6 +41,7 @@ OPS = {
     "augment": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "cast": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "unscale": ({"fastres", "eager", *COMPILED}, {"forward"}),
+    "update_scale": ({"fastres", "eager", *COMPILED}, {"forward"}),
     "sgd_step": ({"fastres", "fused", "foreach", *COMPILED}, {"step", "scaled step"}),
     "yellowfin": ({"fastres", "sgd", "adam"}, {"step", "scaled step"}),
     "meprop_linear": ({"fastres", "eager", *COMPILED}, {"backward", "selection"}),

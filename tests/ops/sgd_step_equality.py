@@ -9,7 +9,7 @@ from tolerances import EPS, EPSILONS, store_error, store_floor
 from torch import Tensor
 
 from fastres.ops import flat_offsets, sgd_step
-from fastres.ops.sgd_step import sgd_step_reference
+from fastres.ops.sgd_step import overflow_of, sgd_step_reference
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Case:
     half: torch.dtype | None = None
     grad_scale: float | None = None
     found_inf: float | None = None
+    finds: bool = False
     steps: int = 2
 
 
@@ -56,6 +57,7 @@ def run(case: Case, t: dict[str, Any]) -> None:
     def scalar(value: float | None) -> Tensor | None:
         return None if value is None else torch.tensor(value, device=device)
 
+    overflow = overflow_of(t["param"], t["momentum_buffer"]) if case.finds else None
     for _ in range(case.steps):
         grads = [None if grad is None else grad.clone() for grad in t["grads"]]
         sgd_step(
@@ -63,8 +65,14 @@ def run(case: Case, t: dict[str, Any]) -> None:
             lr=torch.tensor(case.lr, device=device) if case.lr_on_device else case.lr,
             momentum=case.momentum, weight_decay=case.weight_decay, nesterov=case.nesterov,
             maximize=case.maximize, half=t["half"], grad_scale=scalar(case.grad_scale),
-            found_inf=scalar(case.found_inf),
+            found_inf=scalar(case.found_inf), overflow=overflow,
         )  # fmt: skip
+        if overflow is not None and bool(overflow.found_inf) != overflows(t["grads"]):
+            raise AssertionError(f"found_inf is off: it is {float(overflow.found_inf)}")
+
+
+def overflows(grads: list[Tensor | None]) -> bool:
+    return any(grad is not None and not bool(grad.isfinite().all()) for grad in grads)
 
 
 def check(case: Case, device: str) -> None:
@@ -72,7 +80,7 @@ def check(case: Case, device: str) -> None:
     t = buffers(case, device)
     before = {n: t[n].clone() for n in ("param", "momentum_buffer", "half") if t[n] is not None}
     run(case, t)
-    if case.found_inf:
+    if case.found_inf or (case.finds and overflows(t["grads"])):
         for name, kept in before.items():
             if not torch.equal(t[name].view(torch.uint8), kept.view(torch.uint8)):
                 raise AssertionError(f"{name} is off: a skipped step wrote it")

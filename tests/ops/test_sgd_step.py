@@ -20,11 +20,13 @@ from ops.sgd_step_equality import Case, buffers, check, run
 from torch import Tensor
 
 from fastres.ops import _register, flat_offsets, sgd_step, unscale
+from fastres.ops.sgd_step import overflow_of
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     momentum = draw(st.sampled_from([0.0, 0.9, 0.5]))
+    finds = draw(st.booleans())
     return Case(
         gradients=draw(gradient_lists(DENSE)),
         lr=draw(st.sampled_from([0.1, 1.0, 0.0, 1e-3])),
@@ -35,7 +37,8 @@ def cases(draw: st.DrawFn) -> Case:
         maximize=draw(st.booleans()),
         half=draw(st.sampled_from([None, torch.float16, torch.bfloat16])),
         grad_scale=draw(st.sampled_from([None, 1.0, 1024.0, 3.0])),
-        found_inf=draw(st.sampled_from([None, 0.0, 0.0, 1.0, 2.0])),
+        found_inf=None if finds else draw(st.sampled_from([None, 0.0, 0.0, 1.0, 2.0])),
+        finds=finds,
     )
 
 
@@ -89,6 +92,42 @@ def test_opaque_ops_launch_without_tracing(monkeypatch: pytest.MonkeyPatch) -> N
     unscale([torch.ones(3)], torch.ones(()), norm=True)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("values", ["nan", "inf", "-inf"])
+def test_a_step_that_overflowed_is_put_back(
+    path: str, device: str, values: str, momentum: float
+) -> None:
+    """Bitwise, whichever program meets it, of buffers with NaN and minus zero in them."""
+    shapes: list[tuple[int, ...]] = [(40,), (3, 7), (33,)]
+    for broken in range(len(shapes)):
+        gradients = [Gradient(shape) for shape in shapes] + [Gradient((5,), None)]
+        gradients[broken] = Gradient(shapes[broken], torch.float16, values=values)
+        case = Case(gradients, momentum=momentum, half=torch.float16, grad_scale=8.0, finds=True)
+        t = buffers(case, device)
+        held = {name: v for name, v in t.items() if isinstance(v, Tensor)}
+        for flat in held.values():
+            flat[:3] = torch.tensor([torch.nan, -0.0, torch.inf])
+        before = {name: flat.view(torch.uint8).clone() for name, flat in held.items()}
+        with small_blocks("sgd_step"):
+            run(case, t)
+        for name, kept in before.items():
+            assert torch.equal(held[name].view(torch.uint8), kept), (name, broken)
+
+
+def test_after_an_overflow_steps_are_taken_again(device: str) -> None:
+    """The ticket is zero again, whatever the step before it came to."""
+    param, momentum = torch.ones(16, device=device), torch.zeros(16, device=device)
+    overflow = overflow_of(param, momentum)
+    kept: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "overflow": overflow}
+    for value, want, found in ((torch.inf, 1.0, 1.0), (1.0, 0.5, 0.0), (torch.nan, 0.5, 1.0)):
+        sgd_step([torch.full((4,), value, device=device)], [4], param, momentum, **kept)
+        assert param[:4].tolist() == [want] * 4
+        assert float(overflow.found_inf) == found
+        assert int(overflow.ticket) == 0
+    sgd_step([None], [4], param, momentum, **kept)
+    assert float(overflow.found_inf) == 0.0
+
+
 def test_flat_offsets() -> None:
     assert flat_offsets([]) == ([], 0)
     assert flat_offsets([1, 16, 0, 17, 3]) == ([0, 16, 32, 32, 64], 80)
@@ -99,6 +138,11 @@ def test_the_host_never_waits(path: str, device: str) -> None:
     t = buffers(case, device)
     with ReadsOnTheHost():
         run(Case(case.gradients, lr_on_device=True, grad_scale=2.0, found_inf=0.0), t)
+        overflow = overflow_of(t["param"], t["momentum_buffer"])
+        momentum = t["momentum_buffer"]
+        sgd_step(
+            t["grads"], t["sizes"], t["param"], momentum, lr=0.1, momentum=0.9, overflow=overflow
+        )
 
 
 def test_two_runs_are_bitwise_the_same(device: str) -> None:
@@ -123,6 +167,11 @@ def _wrong() -> list[tuple[dict[str, Any], str]]:
         ({"half": flat}, r"half: expected \[16\] of torch.float16 or torch.bfloat16"),
         ({"momentum_buffer": None}, "momentum_buffer: needed where momentum is 0.9, got None"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov: needs a momentum, got momentum=0"),
+        (
+            {"overflow": overflow_of(flat)},
+            r"overflow: .* before of \[2, 16\] on cpu, got \[1, 16\]",
+        ),
+        ({"overflow": overflow_of(flat, flat), "found_inf": flat[0]}, "found_inf: expected None"),
     ]
 
 
@@ -145,12 +194,15 @@ def test_opcheck(device: str) -> None:
         return torch.randn(64, device=device).to(dtype)
 
     one = torch.ones((), device=device)
+    pair = flat(), flat()
     sizes, offsets = [6, 0, 40], [0, 16, 16]
     grads = [torch.randn(2, 3, device=device), None, torch.randn(40, device=device).half()]
     op = torch.ops.fastres.sgd_step.default
-    guarded = (flat(), flat(torch.float16), 0.0, one, 0.9, 1e-4, True, False, one, one - 1)
-    plain = (None, None, 0.1, None, 0.0, 0.0, False, True, None, None)
-    for rest in (guarded, plain):
+    none = (None, None, None)
+    guarded = (flat(), flat(torch.float16), 0.0, one, 0.9, 1e-4, True, False, one, one - 1, *none)
+    finds = (flat(), None, 0.1, None, 0.9, 0.0, False, False, one, None, *overflow_of(*pair))
+    plain = (None, None, 0.1, None, 0.0, 0.0, False, True, None, None, *none)
+    for rest in (guarded, finds, plain):
         torch.library.opcheck(op, (grads, sizes, offsets, flat(), *rest))
 
 

@@ -19,6 +19,10 @@ CASE = Case(
 )
 SKIPPED = replace(CASE, found_inf=1.0)
 PLAIN = replace(CASE, nesterov=False)
+FINDS = replace(CASE, found_inf=None, finds=True)
+# Met by a program in the middle, so that others have stepped before it and after it.
+_BROKEN = Gradient((3, 7), torch.float16, values="inf")
+OVERFLOWS = replace(FINDS, gradients=[*CASE.gradients[:2], _BROKEN, CASE.gradients[3]])
 
 # The text to replace (once in the file), what takes its place, and the case that tells.
 MUTANTS: dict[str, tuple[str, str, Case]] = {
@@ -36,7 +40,7 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
     "does not unscale": ("g *= tl.div_rn(1.0,", "g *= 1.0 + 0.0 * tl.div_rn(1.0,", CASE),
     "forgets weight decay": ("g += weight_decay * p", "g += 0.0 * p", CASE),
     "decays the parameter upwards": ("g += weight_decay * p", "g -= weight_decay * p", CASE),
-    "forgets momentum": ("m = momentum * tl.load", "m = 0.0 * tl.load", CASE),
+    "forgets momentum": ("            m = momentum * m + g", "            m = 0.0 * m + g", CASE),
     "keeps the old momentum": (
         "tl.store(momentum_ptr + flat + lanes, m,",
         "tl.store(momentum_ptr + flat + lanes, m - g,",
@@ -49,7 +53,11 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
         PLAIN,
     ),
     "climbs": ("p -= lr * g", "p += lr * g", CASE),
-    "the half copy is the old one": ("p.to(half_ptr.dtype", "(p + lr * g).to(half_ptr.dtype", CASE),
+    "the half copy is the old one": (
+        "tl.store(half_ptr + flat + lanes, p.to(",
+        "tl.store(half_ptr + flat + lanes, (p + lr * g).to(",
+        CASE,
+    ),
     "leaves a part of sixteen": ("(count + 15) // 16 * 16", "count // 16 * 16", CASE),
     "every parameter is the first": (
         "tl.multiple_of(offset + start, 16)",
@@ -61,6 +69,28 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
         "tl.multiple_of(offset, 16)",
         CASE,
     ),
+    "sees no NaN": ('tl.abs(g) < float("inf"), 0, 1)', "tl.abs(g) < 1e38, 0, 0)", OVERFLOWS),
+    "overflows at any gradient": ('tl.abs(g) < float("inf")', "tl.abs(g) < 1e-3", FINDS),
+    "puts nothing back": ("            if overflowed:", "            if arrived < 0:", OVERFLOWS),
+    "puts everything back": ("            if overflowed:", "            if arrived > 0:", FINDS),
+    "puts back what it wrote": (
+        "tl.store(before_ptr + flat + lanes, p, mask=ok)",
+        "tl.store(before_ptr + flat + lanes, p - lr * g, mask=ok)",
+        OVERFLOWS,
+    ),
+    "puts momentum where the parameters are": (
+        "tl.store(before_ptr + total + flat + lanes, m, mask=ok)",
+        "tl.store(before_ptr + flat + lanes, m, mask=ok)",
+        OVERFLOWS,
+    ),
+    "forgets the half copy of what it puts back": (
+        "tl.store(half_ptr + at + lanes, p.to(half_ptr.dtype.element_ty), mask=ok)",
+        "pass",
+        OVERFLOWS,
+    ),
+    "forgets the last block of what it puts back": ("in range(P):", "in range(P - 1):", OVERFLOWS),
+    "the first to arrive is the last": ("== P:", "== 1:", OVERFLOWS),
+    "keeps the ticket": ("tl.store(ticket_ptr, 0)", "pass", replace(OVERFLOWS, steps=3)),
     "maximizes": ("if MAXIMIZE:", "if not MAXIMIZE:", CASE),
 }
 
@@ -70,7 +100,7 @@ def test_an_unbroken_copy_passes(
 ) -> None:
     take(tmp_path, monkeypatch, "sgd_step")
     with small_blocks("sgd_step"):
-        for case in (CASE, SKIPPED, PLAIN):
+        for case in (CASE, SKIPPED, PLAIN, FINDS, OVERFLOWS):
             check(case, device)
 
 

@@ -7,7 +7,7 @@ import checkpoint
 import pytest
 import torch
 import trainer as training
-from device_step import DeviceStep, EpochSums
+from device_step import DeviceStep, EpochLosses
 from main import main
 from ops.gradient_lists import ReadsOnTheHost
 from train.tiny_runs import interrupted, same, tensors_of, trainer_of
@@ -149,15 +149,14 @@ def test_steps_are_of_few_kinds(flags: list[str], kinds: int) -> None:
     assert {kind[-1] for kind in seen} == {True, False}
 
 
-def test_sums_leave_out_what_overflowed() -> None:
-    sums = EpochSums(torch.device("cpu"))
-    yes, no = torch.tensor(True), torch.tensor(False)
-    for loss, stepped in ((2.0, yes), (float("inf"), no), (4.0, no)):
-        sums.add(torch.tensor(loss), stepped)
-    assert [float(v) for v in (sums.total, sums.counted, sums.skipped)] == [6.0, 2.0, 2.0]
-    sums.begin()
-    sums.add(torch.tensor(torch.nan), None)
-    assert sums.total.isnan() and sums.counted == 1 and sums.skipped == 0
+def test_the_mean_leaves_out_what_overflowed() -> None:
+    losses = EpochLosses(3, torch.device("cpu"))
+    for step, loss in ((0, 2.0), (torch.tensor(1), float("inf")), (torch.tensor(2), 4.0)):
+        losses.put(step, torch.tensor(loss))
+    assert [float(v) for v in losses.total(finite=True)] == [6.0, 2.0]
+    assert [float(v) for v in losses.total(finite=False)] == [float("inf"), 3.0]
+    losses.put(1, torch.tensor(torch.nan))
+    assert losses.total(finite=False)[0].isnan() and losses.total(finite=True)[0] == 6.0
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ def test_best_with_every_op_on_four_processes(mode: str, tmp_path: Path) -> None
     status, out, err = run(4, flags)
     assert status == 0, err
     assert "4 process(es)" in out
-    for words in ("batch_norm_relu (19", "meprop_conv2d (21", "unscale, sgd_step", "p = 0.5 unif"):
+    ops = "batch_norm_relu (19", "meprop_conv2d (21", "unscale, update_scale, sgd_step"
+    for words in (*ops, "p = 0.5 unif"):
         assert words in out, out
     assert ("stochastic_depth_add (9 layers)" in out) == (mode == "subset")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
