@@ -65,6 +65,15 @@ def _cold(rows: list[Row]) -> str | None:
     ) or None  # fmt: skip
 
 
+def _built(rows: list[Row]) -> str | None:
+    return "; ".join(
+        f"{row['target']}, {row['dtype']}: {row['binaries']} binaries in "
+        f"{row['median_ms'] / 1000:.1f} s ({row['low_ms'] / 1000:.1f} to "
+        f"{row['high_ms'] / 1000:.1f}, n = {row['n']}) by {row['threads']} threads"
+        for row in rows if "median_ms" in row and row["depth"] == 20
+    ) or None  # fmt: skip
+
+
 def _dropped(rows: list[Row]) -> str | None:
     words = []
     for mode in ("batch", "subset", "row"):
@@ -240,6 +249,10 @@ HEADLINES = (
     Headline(
         "from process start to the first finished step, no kernel built",
         "step_cold", _cold, "bench_step.py --cold",
+    ),
+    Headline(
+        "all kernels of a depth-20 step built from a cold cache, with no GPU present (--prebuild)",
+        "builds", _built, "bench_builds.py", anywhere=True,
     ),
     Headline(
         "`batch_norm_relu`, the largest case",

@@ -32,6 +32,7 @@ from _roofline import Ceilings, ceilings, roofline, work
 from _sheet import Sheet
 from _timing import percentiles, time_wall
 from _training_step import Step, first_update, images, make_step, needs, providers
+from prebuild import prebuild
 from torch import Tensor
 
 from fastres.data import Splits, split, synthetic
@@ -40,6 +41,8 @@ _BATCH_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 _DEPTHS = (20, 56, 110, 122)
 _WIDTHS = (16, 64)
 _SETTLED = "first step after"
+# As train/main.py --prebuild begins.
+_PREBUILT = ", prebuilt"
 # Seconds that a cold compile of a network takes.
 _COMPILE = 40
 
@@ -186,7 +189,10 @@ def cold(
     device: torch.device, size: Row, repeats: int, sheet: Sheet, only: str = ""
 ) -> dict[str, Any]:
     """Seconds from a process's start to its first finished step, every kernel still to be built."""
-    for name, (_, mode) in providers(device).items():
+    modes = {name: mode for name, (_, mode) in providers(device).items()}
+    if device.type == "cuda":
+        modes |= {name + _PREBUILT: None for name in modes if name.startswith("fused units")}
+    for name, mode in modes.items():
         about = {"provider": name, "compiled": mode, **size}
         if only not in name or sheet.known(about):
             continue
@@ -232,10 +238,12 @@ def _cold_start(device: torch.device, size: Row, provider: str, limit: float) ->
 
 def first_step(device: torch.device, provider: str, size: Row) -> None:
     """One step in a process of its own; its parent holds the clock."""
-    settings, mode = providers(device)[provider]
+    settings, mode = providers(device)[provider.removesuffix(_PREBUILT)]
     data = split(synthetic(images(size["batch_size"], device), 20)).to(device)
     settings = settings | {"batch_size": size["batch_size"]}
     step = make_step(device, data, settings, mode, depth=size["depth"], width=size["width"])
+    if provider.endswith(_PREBUILT):
+        prebuild(step.trainer)
     print(f"{_SETTLED} this, loss {float(step()):.3f}", flush=True)
 
 

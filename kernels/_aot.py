@@ -1,10 +1,14 @@
 """Build recorded launches ahead of time, with no GPU present, and read what the compiler made."""
 
 import functools
+import gc
+import os
 import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +109,7 @@ class Specialized:
         return self.source.name, self.source.hash(), str(sorted(self.options.items(), key=str))
 
 
-def specialized(launch: Launch, target: str) -> Specialized:
+def specialized(launch: Launch, target: str | GPUTarget) -> Specialized:
     """What Triton's own JIT makes of the launch's arguments: types, ==1, divisible by 16, None.
 
     It is asked through the functions that it launches with (Triton 3.6 to 3.9), so that what is
@@ -117,7 +121,7 @@ def specialized(launch: Launch, target: str) -> Specialized:
             f"{kernel.__name__} was imported with TRITON_INTERPRET=1 and cannot be compiled: "
             "build in a process without it"
         )
-    backend = make_backend(TARGETS[target])
+    backend = make_backend(TARGETS[target] if isinstance(target, str) else target)
     kwargs = {**launch.constexprs, "num_warps": launch.num_warps}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **kwargs)
@@ -125,6 +129,35 @@ def specialized(launch: Launch, target: str) -> Specialized:
         backend, {**kwargs, "debug": False}, bound, specialization, options
     )
     return Specialized(ASTSource(kernel, signature, constants, attributes), options.__dict__)
+
+
+def build_all(
+    launches: Iterable[Launch], target: str | None = None, threads: int | None = None
+) -> int:
+    """Compile all that the launches run, several at a time, into Triton's cache.
+
+    Args:
+        target: one of TARGETS; None, this machine's GPU.
+        threads: at work at once; None, one for each core. The compiler leaves Python to the others.
+    Returns:
+        How many binaries it was.
+    """
+    gpu = triton.runtime.driver.active.get_current_target() if target is None else TARGETS[target]
+    found = {what.key: what for what in (specialized(launch, gpu) for launch in launches)}
+
+    def compile_one(what: Specialized) -> None:
+        triton.compile(what.source, target=gpu, options=what.options)
+
+    # Collections would go through all of PyTorch's objects for every few that a build makes.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, found.values()))
+    finally:
+        if collects:
+            gc.enable()
+    return len(found)
 
 
 def build(launch: Launch, target: str) -> Build:

@@ -35,6 +35,9 @@ class Config:
     GPU. It has not run on one yet."""
     cuda_graph: bool = False
     """Replay each training step as one launch on a GPU, a CUDA graph. It has not run on one yet."""
+    prebuild: bool = False
+    """On a GPU: build the kernels of --fused's step with all cores before the first step, and not
+    one after the other as they come. It has not run on a GPU yet."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs where there are any, else the CPU."""
     precision: Literal["fp32", "fp16", "bf16", "pure-fp16"] = "fp32"
@@ -167,6 +170,9 @@ class Config:
         graph = self.cuda_graph
         need(not (graph and self.device == "cpu"), "cuda_graph", "a GPU, and no --device cpu")
         need(not (graph and self.profile), "cuda_graph", "no --profile, whose marks a graph drops")
+        built = self.prebuild
+        need(not built or self.fused, "prebuild", "--fused beside it, whose kernels it builds")
+        need(not (built and self.device == "cpu"), "prebuild", "a GPU, and no --device cpu")
         need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")
         need(self.image_size is None or self.image_size >= 8, "image_size", "8 or more")
         fraction = self.test_fraction

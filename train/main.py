@@ -20,6 +20,7 @@ import torch
 from config import C, Config, parse
 from errors import LoneError, TrainError
 from networks import fused_ops
+from prebuild import prebuild
 from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, set_precision_and_determinism
 from workers import Workers, end_process
@@ -226,6 +227,9 @@ def train(config: Config, workers: Workers) -> None:
     if state is not None:
         trainer.load_state_dict(state)
     describe(config, workers, data, trainer, state)
+    if config.prebuild and trainer.epoch < config.epochs:
+        count, seconds = prebuild(trainer)
+        workers.say(f"built    {count} kernels in {seconds:.1f} s")
 
     out, done = config.out_dir, trainer.epoch
     metrics = records.Metrics(out / records.METRICS)

@@ -6,6 +6,7 @@ from fastres.ops.augment import augment, shuffle
 from fastres.ops.batch_norm_relu import BatchNormReLU2d, batch_norm_relu
 from fastres.ops.cast import cast
 from fastres.ops.classifier_cross_entropy import classifier_cross_entropy
+from fastres.ops.dry_run import build_kernels, dry_run
 from fastres.ops.meprop_conv2d import MePropConv2d, meprop_conv2d
 from fastres.ops.meprop_linear import MePropLinear, meprop_linear
 from fastres.ops.norm_relu_conv2d import NormReLUConv2d, norm_relu_conv2d
@@ -36,9 +37,11 @@ __all__ = [
     "UnitGenerator",
     "augment",
     "batch_norm_relu",
+    "build_kernels",
     "cast",
     "classifier_cross_entropy",
     "deferred_updates",
+    "dry_run",
     "flat_offsets",
     "meprop_conv2d",
     "meprop_linear",

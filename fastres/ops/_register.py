@@ -13,6 +13,9 @@ import torch
 # Triton reads the variable when a kernel is defined, so it is read once here too.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Set by dry_run: launches are collected, so that it does not matter where the tensors are.
+collecting = False
+
 
 def register_op(
     name: str, *, mutates_args: tuple[str, ...] = (), traceable: bool = True
@@ -29,7 +32,7 @@ def register_op(
 
 def takes_kernels(x: torch.Tensor) -> bool:
     """Whether x takes the Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
-    return x.is_cuda or INTERPRET
+    return x.is_cuda or INTERPRET or collecting
 
 
 def kernels(stem: str, x: torch.Tensor) -> ModuleType:
