@@ -38,6 +38,12 @@ class Traffic:
     loaded: int = 0
     written: int = 0
 
+    def add(self, other: "Traffic") -> None:
+        self.launches += other.launches
+        self.read += other.read
+        self.loaded += other.loaded
+        self.written += other.written
+
 
 @dataclass
 class Account:
@@ -146,6 +152,11 @@ class _Calls(TorchDispatchMode):
         super().__init__()
         self.account = account
         self.paused = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether what is compiled runs as such under this mode, and not by its single calls."""
+        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 import step_account  # noqa: E402  # after the line that may skip this file
-from _step_count import Traffic, counted  # noqa: E402  # as above
+from _inductor_schedule import NotCounted  # noqa: E402  # as above
+from _step_count import Account, Traffic, counted  # noqa: E402  # as above
 from run_main import run_main  # noqa: E402  # as above
 
 from fastres.ops import batch_norm_relu, cast  # noqa: E402  # as above
@@ -125,6 +126,47 @@ def test_a_step_counts_every_launch_that_the_interpreter_starts(
     assert launches["_stochastic_depth_add_fwd_kernel"] == launches["_draw_subset_kernel"] == 3
     assert launches["_meprop_sums_kernel"] == 9
     assert (launches["_unscale_fwd_kernel"], launches["_sgd_step_fwd_kernel"]) == (1, 2)
+
+
+def test_a_compiled_step_is_eagers_but_for_what_inductor_fuses() -> None:
+    compiled, eager = (
+        step_account.account_of(
+            name, 2, 16, depth=8, units=2, width=4, precision="bf16", channels_last=True
+        )
+        for name in ("compile", "eager")
+    )
+    assert compiled.conv_outputs == eager.conv_outputs
+    ours = {name: compiled.kernels.pop(f"inductor: {name}") for name in ("pointwise", "reduction")}
+    assert all(traffic.launches >= 5 for traffic in ours.values())  # five BatchNorms each way
+    assert compiled.kernels == eager.kernels
+    same = {"convolution", "convolution_backward", "mm", "addmm", "_fused_sgd_", "nll_loss_forward"}
+    assert all(compiled.calls[name] == eager.calls[name] for name in same)
+    # Of each of the model's layers nothing is left, and no gradient is copied to lie otherwise.
+    assert compiled.calls.keys() < eager.calls.keys()
+    gone = {"native_batch_norm", "native_batch_norm_backward", "relu_", "threshold_backward", "add"}
+    assert not gone & compiled.calls.keys() and gone < eager.calls.keys()
+    assert compiled.total.written < eager.total.written
+
+
+def test_the_program_says_why_a_compiled_step_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def account_of(provider: str, *_: Any, **__: Any) -> Account:
+        if provider == "compile":
+            raise NotCounted("another Inductor")
+        return Account(calls={"add": Traffic(1, 8, 8, 4)}, conv_outputs=4)
+
+    monkeypatch.setattr(step_account, "account_of", account_of)
+    file = tmp_path / "step.json"
+    flags = ("--small", "--json", file, "--provider", "compile", "eager")
+    done = run_main(step_account, *flags)
+    assert done.returncode == 0, done.stderr
+    *table, words = done.stdout.splitlines()
+    assert words == f"torch.compile: not counted with torch {torch.__version__}: another Inductor"
+    assert "eager: launches" in table[0] and table[-1].startswith("total")
+    first, *others = json.loads(file.read_text())["rows"]
+    assert first["provider"] == "compile" and "another Inductor" in first["not_measured"]
+    assert {row["provider"] for row in others} == {"eager"}
 
 
 def test_the_program_puts_fused_beside_eager(tmp_path: Path) -> None:
