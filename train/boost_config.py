@@ -18,6 +18,7 @@ _LEFT_OUT: dict[str, tuple[Any, str]] = {
     "micro_batches": (1, "1: start processes by torchrun"),
     "profile": (False, "train/main.py for it"),
     "cuda_graph": (False, "train/main.py for it"),
+    "gradient_buckets": (1, "train/main.py for it"),
     "prebuild": (False, "train/main.py for it"),
 }
 # A retrained unit's learning rate, as a part of the first attempt's.

@@ -35,6 +35,9 @@ class Config:
     GPU. It has not run on one yet."""
     cuda_graph: bool = False
     """Replay each training step as one launch on a GPU, a CUDA graph. It has not run on one yet."""
+    gradient_buckets: int = 1
+    """With --cuda-graph and several processes: collectives of a step, each begun as soon as its
+    gradients are there, beside the rest of the backward. One follows the whole backward."""
     prebuild: bool = False
     """On a GPU: build the kernels of --fused's step with all cores before the first step, and not
     one after the other as they come. It has not run on a GPU yet."""
@@ -170,6 +173,9 @@ class Config:
         graph = self.cuda_graph
         need(not (graph and self.device == "cpu"), "cuda_graph", "a GPU, and no --device cpu")
         need(not (graph and self.profile), "cuda_graph", "no --profile, whose marks a graph drops")
+        buckets = self.gradient_buckets
+        need(buckets >= 1, "gradient_buckets", "1 or more")
+        need(buckets == 1 or graph, "gradient_buckets", "--cuda-graph beside it")
         built = self.prebuild
         need(not built or self.fused, "prebuild", "--fused beside it, whose kernels it builds")
         need(not (built and self.device == "cpu"), "prebuild", "a GPU, and no --device cpu")

@@ -119,7 +119,7 @@ class Trainer(ImageView):
         self.network: nn.Module = self.model
         self.gradients: FlatGradients | None = None
         if workers.world_size > 1 and config.cuda_graph:
-            self.gradients = FlatGradients(self.model, workers)
+            self.gradients = FlatGradients(self.model, workers, config.gradient_buckets)
         elif workers.world_size > 1:
             self.network = DistributedDataParallel(
                 self.model,
@@ -219,11 +219,13 @@ class Trainer(ImageView):
 
         epoch: a tensor, int64 [], is read on the device.
         """
-        losses = []
+        losses: list[Tensor] = []
         for part in self.micro_batches.each(index):
             with self.micro_batches.deferred() as updates:
                 loss, _ = self._loss(part, epoch)
             with self.phase("backward"):
+                if self.gradients is not None and len(losses) == self.micro_batches.count - 1:
+                    self.gradients.begin()
                 seed = self.scaler.seed(loss)
                 loss.backward(self._one if seed is None else seed)
             losses.append(loss.detach())

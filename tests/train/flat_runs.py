@@ -1,13 +1,18 @@
 """Under torchrun: runs by DistributedDataParallel and by FlatGradients, and what those refuse.
 
 torchrun --standalone --nproc_per_node 2 tests/train/flat_runs.py OUT '{"plain": [FLAG, ...], ...}'
+
+With an even number of a run its gradients are in three buckets, else in one.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import trainer
 from config import parse
 from device_step import DeviceStep
@@ -44,6 +49,43 @@ def models(workers: Workers) -> dict[str, str]:
         gradients.check()
     except TrainError as error:
         said["other gradients"] = str(error)
+    return said | in_buckets(workers)
+
+
+def in_buckets(workers: Workers) -> dict[str, str]:
+    """When collectives begin, and what two buckets make of processes that differ."""
+    said: dict[str, str] = {}
+    begun: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        begun.append(len(begun))
+        return reduce(*args, **kwargs)
+
+    first = nn.Linear(3, 2)
+    model = nn.Sequential(first, nn.Linear(2, 2))
+    gradients = FlatGradients(model, workers, buckets=2)
+    seen: list[int] = []
+    first.weight.register_hook(lambda grad: seen.append(len(begun)))
+    x = torch.full((4, 3), 1.0 + workers.rank)
+    with mock.patch.object(dist, "all_reduce", counted):
+        model(x).sum().backward()
+        said["before the last backward"] = repr((seen, begun))
+        gradients.begin()
+        model(x).sum().backward()
+        said["in the last backward"] = repr((seen, len(begun)))
+        gradients.average()
+        said["after it"] = repr(len(begun))
+    gradients.check()
+    # Here the last layer's bucket waits for ever: the first layer's goes after it all the same.
+    model.zero_grad()
+    gradients.begin()
+    (model if workers.rank == 0 else first)(x).sum().backward()
+    gradients.average()
+    try:
+        gradients.check()
+    except TrainError as error:
+        said["other layers"] = str(error)
     return said
 
 
@@ -57,9 +99,10 @@ def main() -> None:
         # On a GPU a graph replays what a DeviceStep calls; here it is called.
         trainer.GraphedStep = DeviceStep  # type: ignore[misc, assignment]  # in its place
         trainer.GraphedCount = lambda count: count  # type: ignore[misc, assignment, return-value]  # as above
-        for name, each in flags.items():
-            graph = [*each, "--cuda-graph", "--out", str(out / f"{name}-flat")]
-            train(parse(graph, quiet=True), workers)
+        for number, (name, each) in enumerate(flags.items()):
+            buckets = "3" if number % 2 == 0 else "1"
+            graph = [*each, "--cuda-graph", "--gradient-buckets", buckets]
+            train(parse([*graph, "--out", str(out / f"{name}-flat")], quiet=True), workers)
     finally:
         workers.leave()
 

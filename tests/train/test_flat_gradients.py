@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from config import parse
+from errors import TrainError
 from train.tiny_runs import same, tensors_of
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +62,24 @@ def test_what_differs_is_an_error_in_words(finished: Path) -> None:
     said = json.loads((finished / "said0.json").read_text())
     assert said["other models"].startswith("the processes have different models")
     assert "gradients of different parameters" in said["other gradients"]
+    assert "gradients of different parameters" in said["other layers"]
+
+
+def test_buckets_are_reduced_beside_the_backward(finished: Path) -> None:
+    """The last layer's when the first layer's gradient is only being made."""
+    said = json.loads((finished / "said0.json").read_text())
+    assert said["before the last backward"] == "([0], [])"
+    assert said["in the last backward"] == "([0, 1], 2)"
+    assert said["after it"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gradient-buckets", "0"], "--gradient-buckets 0: expected 1 or more"),
+        (["--gradient-buckets", "2"], "--gradient-buckets 2: expected --cuda-graph beside it"),
+    ],
+)
+def test_flags_that_do_not_fit(flags: list[str], words: str) -> None:
+    with pytest.raises(TrainError, match=words):
+        parse([*TINY, *flags], quiet=True)
