@@ -43,9 +43,9 @@ class LossScaler(LossScale):
     """Scale the loss, unscale the gradients, skip steps that overflowed: GradScaler in its place.
 
     Methods, state_dict and errors are those of torch.amp.GradScaler. Beside that: `step` returns
-    whether it stepped, `unscale_` measures the gradients when asked, the scale has a floor,
-    `skipped_in_a_row` counts on the device, and `watch` keeps BatchNorm's statistics clean of
-    skipped batches.
+    whether it stepped, `unscale_` measures the gradients when asked, `seed` begins a backward with
+    the scale, the scale has a floor, `skipped_in_a_row` and `skipped_in_all` count on the device,
+    and `watch` keeps BatchNorm's statistics clean of skipped batches.
 
     With FusedSGD and YellowFin, and with torch's fused SGD, Adam, AdamW and (not yet in torch 2.11)
     Adagrad, which take the scale and found_inf as tensors, nothing ever waits for the device. For

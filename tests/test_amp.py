@@ -1,5 +1,8 @@
 """LossScaler against torch.amp.GradScaler: lockstep, optimizers, recovery, clipping."""
 
+import contextlib
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from ops.gradient_lists import ReadsOnTheHost
 from scaled_steps import backward, parameters, train
 from tolerances import EPS, EPSILONS
-from torch import nn
+from torch import Tensor, nn
 
 from fastres.amp import LossScaler
 from fastres.optim import FusedSGD, YellowFin
@@ -210,6 +213,70 @@ def test_several_optimizers(path: str, device: str) -> None:
     assert [bool(scaler.step(optimizer)) for optimizer in optimizers] == [True, False]
     scaler.update()
     assert (scaler.get_scale(), int(scaler.skipped_in_a_row)) == (32768.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (1, ["_sgd_step_fwd_kernel"]),
+        # Neither step would see the other's gradients.
+        (2, ["_unscale_fwd_kernel", "_sgd_step_fwd_kernel", "_sgd_step_fwd_kernel"]),
+    ],
+)
+def test_launches_of_a_scaled_step(device: str, groups: int, names: list[str]) -> None:
+    """Of one buffer a step finds the overflow itself; of two it is found before it."""
+    params = parameters(device)
+    cut = len(params) // groups
+    optimizer = FusedSGD([{"params": params[:cut]}, {"params": params[cut:]}][:groups], **SGD)
+    scaler = LossScaler()
+    backward(scaler, params, 0, overflow=False)
+    launched: list[str] = []
+
+    @contextlib.contextmanager
+    def see(launch: Any) -> Iterator[None]:
+        launched.append(launch.kernel.__name__)
+        yield
+
+    with importlib.import_module("fastres.kernels._launch").watch(see):
+        assert bool(scaler.step(optimizer))
+        assert launched == names
+        scaler.update()
+    assert launched == [*names, "_update_scale_fwd_kernel"]
+
+
+def test_momentum_that_begins_later(path: str, device: str) -> None:
+    """An overflow then has momentum to put back, too, and room for it."""
+    ours, theirs = parameters(device), parameters(device)
+    runs = []
+    for params, kind in ((ours, FusedSGD), (theirs, torch.optim.SGD)):
+        optimizer, scaler = kind(params, lr=0.1), LossScaler()
+        for step, overflow in enumerate((False, True, False, True, False)):
+            optimizer.param_groups[0]["momentum"] = 0.9 if step >= 2 else 0.0
+            backward(scaler, params, step, overflow)
+            assert bool(scaler.step(optimizer)) != overflow
+            scaler.update()
+        runs.append(scaler.get_scale())
+    assert runs[0] == runs[1]
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=4 * EPSILONS * EPS, atol=4 * EPSILONS * EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_backward_that_begins_with_the_scale(path: str, device: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(5, device=device, dtype=dtype, requires_grad=True)
+    scaler = LossScaler(init_scale=1000.1)
+    grads: list[Tensor] = []
+    for begun in (False, True):
+        weight.grad = None
+        loss = weight.square().sum()
+        loss.backward(scaler.seed(loss)) if begun else scaler.scale(loss).backward()
+        assert weight.grad is not None
+        grads.append(weight.grad)
+    assert torch.equal(*grads) and grads[0].abs().max() > 100
+    assert LossScaler(enabled=False).seed(loss) is None
+    for wrong in (loss.half(), weight):
+        with pytest.raises(ValueError, match=r"loss: expected one element of torch.float32 or"):
+            scaler.seed(wrong)
 
 
 def test_grad_scaler_drives_fused_sgd(path: str, device: str) -> None:
