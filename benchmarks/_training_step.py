@@ -68,6 +68,10 @@ class _Peer(Trainer):
         enabled = self.half == torch.float16
         return _TorchScaler(self.workers.device.type, init_scale=_INIT_SCALE, enabled=enabled)
 
+    def backward(self, loss: Tensor) -> None:
+        """As GradScaler's users do."""
+        self.scaler.scale(loss).backward(self._one)
+
 
 class Step:
     """The training steps of a run, one a call, on the same images each time."""

@@ -152,12 +152,19 @@ def build_all(
     collects = gc.isenabled()
     gc.disable()
     try:
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(threads or _cores()) as pool:
             list(pool.map(compile_one, found.values()))
     finally:
         if collects:
             gc.enable()
     return len(found)
+
+
+def _cores() -> int:
+    """That this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build(launch: Launch, target: str) -> Build:

@@ -226,8 +226,7 @@ class Trainer(ImageView):
             with self.phase("backward"):
                 if self.gradients is not None and len(losses) == self.micro_batches.count - 1:
                     self.gradients.begin()
-                seed = self.scaler.seed(loss)
-                loss.backward(self._one if seed is None else seed)
+                self.backward(loss)
             losses.append(loss.detach())
         if self.gradients is not None:
             self.gradients.average()
@@ -238,6 +237,11 @@ class Trainer(ImageView):
             self.micro_batches.settle(stepped)
             update_every_stats(updates, stepped)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), stepped
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, scaled where losses are."""
+        seed = self.scaler.seed(loss)
+        loss.backward(self._one if seed is None else seed)
 
     def batches(self, epoch: int) -> Generator[Tensor, None, None]:
         """The images of each step of an epoch, this process's share of them, in turn."""

@@ -14,6 +14,8 @@ from fastres.ops.sgd_step import Overflow, overflow_of, step_each, step_flat
 # Elements up to which a step finds an overflow itself: one launch and 4 bytes an element more, each
 # of which a launch of its own takes some microseconds to make up for. Not tuned on a GPU yet.
 FINDS_OVERFLOW = 1 << 21
+# And parameters, each of which has a program or more: a launch counts less than 2^15 of them.
+_MOST_PARAMETERS = 1 << 14
 
 
 class FlatParameters:
@@ -73,7 +75,8 @@ class FlatParameters:
     @property
     def finds_overflow(self) -> bool:
         """Whether one launch may step and see for itself if a gradient is Inf or NaN."""
-        return takes_kernels(self.flat) and self.flat.numel() <= FINDS_OVERFLOW
+        small = self.flat.numel() <= FINDS_OVERFLOW and len(self.params) <= _MOST_PARAMETERS
+        return takes_kernels(self.flat) and small
 
     def need_overflow(self) -> Overflow:
         """What `step` then takes: one for all steps, made where it has no room for momentum."""
