@@ -48,7 +48,7 @@ def _put_back(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Undo the steps of all programs, which have left what was there in before_ptr."""
-    for block in range(P):
+    for block in tl.range(0, P, num_stages=1):
         tensor, start, count, _, offset = block_row(blocks_ptr, tl.full((), block, tl.int32))
         if tl.load(grads_ptr + tensor) != 0:
             lanes = tl.arange(0, BLOCK)
@@ -84,13 +84,17 @@ def _sgd_step_fwd_kernel(
     if ticket_ptr is None and found_inf_ptr is not None:
         steps = steps & (tl.load(found_inf_ptr) == 0.0)
     if steps:
+        inverse = 1.0
+        if grad_scale_ptr is not None:
+            # First, since a division is a call, which would spill what it finds in registers.
+            inverse = tl.div_rn(1.0, tl.load(grad_scale_ptr))
         lanes = tl.arange(0, BLOCK)
         g = load_elements(address, start, lanes, count, kind)
         if ticket_ptr is not None:
             # Inf and NaN alone are no less than infinity; a gradient that is only large passes.
             found = tl.max(tl.where(tl.abs(g) < float("inf"), 0, 1), 0)
         if grad_scale_ptr is not None:
-            g *= tl.div_rn(1.0, tl.load(grad_scale_ptr))
+            g *= inverse
         if MAXIMIZE:
             g = -g
         flat, ok = _place(start, count, offset, lanes)
