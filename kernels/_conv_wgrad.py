@@ -39,7 +39,7 @@ def _norm_relu_conv2d_wgrad_kernel(
     order_ptr, dshortcut_ptr, shortcut_order_ptr,
     x_ptr, x_index_ptr, mean_ptr, var_ptr, norm_weight_ptr, norm_bias_ptr,
     slab_ptr, shortcut_slab_ptr,
-    M, CHUNK, H_ROWS, H_P, eps, h_eps, scale, slab_stride,
+    M, CHUNK, SHORTCUT_M, SHORTCUT_CHUNK, H_ROWS, H_P, eps, h_eps, scale, slab_stride,
     weight_stride_k, weight_stride_c, weight_stride_h, weight_stride_w,
     shortcut_weight_stride_k, shortcut_weight_stride_c,
     C: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, SHORTCUT_KEPT: tl.constexpr,
@@ -52,7 +52,7 @@ def _norm_relu_conv2d_wgrad_kernel(
     program_id(1) is a row of taps and a block of C, program_id(2) a block of K. A lane of a is a
     tap and a channel: the taps of a row lie side by side in memory, and fill the product's rows.
     With dshortcut_ptr, at the output of a projection, one row more is the projection's, which is a
-    tap in the middle.
+    tap in the middle: of SHORTCUT_M pixels, those of every sample of x, whatever x_index_ptr names.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     PAD: tl.constexpr = TAPS // 2
@@ -60,6 +60,7 @@ def _norm_relu_conv2d_wgrad_kernel(
     S: tl.constexpr = ((H - 1) // STRIDE + 1) * OW
     LANES: tl.constexpr = BLOCK_C if TAPS == 1 else 4 * BLOCK_C
     PROJECTS: tl.constexpr = dshortcut_ptr is not None
+    SUBSET: tl.constexpr = PROJECTS and x_index_ptr is not None
     TAP_ROWS: tl.constexpr = TAPS + 1 if PROJECTS else TAPS
     pid = tl.program_id(0)
     tap_row = tl.program_id(1) % TAP_ROWS
@@ -90,6 +91,8 @@ def _norm_relu_conv2d_wgrad_kernel(
             k, k_ok, H_ROWS, K, H_P, h_eps, False, TRAINING, BLOCK_P,
         )  # fmt: skip
     acc = tl.zeros([LANES, BLOCK_K], tl.float32)
+    if SUBSET:
+        M, CHUNK = tl.where(projection, SHORTCUT_M, M), tl.where(projection, SHORTCUT_CHUNK, CHUNK)
     end = tl.minimum((pid + 1) * CHUNK, M)
     if KEPT < K or SHORTCUT_KEPT < K:
         # Of channels that are not kept the products are zeros.
@@ -111,7 +114,10 @@ def _norm_relu_conv2d_wgrad_kernel(
                 g_base, h_base, row_scale_ptr, samples, at, g_ok, scale,
                 h_mean, h_scale, mean_dz, slope, TRAINING,
             )  # fmt: skip
-        x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
+        if SUBSET and projection:
+            x_base, x_samples = x_ptr, (first + n).to(tl.int64) * (H * W * C)
+        else:
+            x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)
         in_x = (out_x * STRIDE)[:, None] + (tap - PAD)[None, :]
         inside = (ok & (in_y >= 0) & (in_y < H))[:, None] & c_ok[None, :]
@@ -171,23 +177,25 @@ def conv_wgrad(
     Args:
         weight: dense; samples: of the convolution.
         slab: rows may lie apart.
-        shortcut, shortcut_weight, shortcut_slab: the same of a 1x1 convolution of the same input,
-            of the same samples; or None. out and shortcut have no index then.
+        shortcut, shortcut_weight, shortcut_slab: the same of a 1x1 convolution of every sample of
+            the same input; or None. out and shortcut have no index then.
     """
     C, H, W = into.x.shape[1:]
     K, OH, OW = weight.shape[0], (H - 1) // stride + 1, (W - 1) // stride + 1
     block_c, block_k, rows, columns = blocks(weight)
     cut = pixels(samples * OH * OW, _rows(block_c, weight.shape[2], into.x.dtype), P=slab.shape[0])
-    order, dy = (None, None) if shortcut is None else (shortcut.order, shortcut.g)
+    dy, order, every = None, None, cut
     if shortcut is not None:
+        dy, order = shortcut.g, shortcut.order
+        every = pixels(dy.shape[0] * OH * OW, cut.BLOCK_M, P=cut.P)
         rows += triton.cdiv(C, block_c)
     projection = weight if shortcut_weight is None else shortcut_weight
     launch(
         _norm_relu_conv2d_wgrad_kernel, (cut.P, rows, columns),
         *out.tensors, out.row_scale, out.order, dy, order,
         into.x, into.index, *into.norm.vectors, slab, shortcut_slab,
-        cut.M, cut.chunk, *out.numbers[:2], into.norm.eps, out.numbers[2], out.scale,
-        slab.stride(0), *weight.stride(), *projection.stride()[:2],
+        cut.M, cut.chunk, every.M, every.chunk, *out.numbers[:2], into.norm.eps, out.numbers[2],
+        out.scale, slab.stride(0), *weight.stride(), *projection.stride()[:2],
         C=C, K=K, KEPT=out.inner, SHORTCUT_KEPT=K if shortcut is None else shortcut.inner,
         H=H, W=W, TAPS=weight.shape[2], STRIDE=stride, TRAINING=out.training,
         BLOCK_M=cut.BLOCK_M, BLOCK_C=block_c, BLOCK_K=block_k, BLOCK_P=BLOCK_P,

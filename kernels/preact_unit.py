@@ -196,12 +196,9 @@ def preact_unit_bwd(
         shortcut, dz_index = dy, position
     else:
         whole, direct = Input(x, None, first), select(Output(dy), kept[2], N)
-        if index is None:
-            conv_wgrad(into1, out1, weight1, stride, N, slabs[0], direct, shortcut_weight, slabs[2])
-        else:
-            # Of all samples, where conv1 is of some.
-            conv_wgrad(into1, out1, weight1, stride, branch, slabs[0])
-            conv_wgrad(whole, direct, shortcut_weight, stride, N, slabs[2])
+        conv_wgrad(
+            into1, out1, weight1, stride, branch, slabs[0], direct, shortcut_weight, slabs[2]
+        )
         out1 = dataclasses.replace(out1, index=position)
         dz1, sums1 = conv_dgrad(whole, out1, weight1, stride, N, direct, shortcut_weight)
         shortcut, dz_index = None, None
