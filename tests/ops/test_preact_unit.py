@@ -211,8 +211,9 @@ def test_every_kind_of_needed_gradients(device: str, project: bool) -> None:
                 assert torch.equal(got[name], full[name]), f"{name} of {needs}"
 
 
-def test_two_runs_are_bitwise_the_same(device: str) -> None:
-    case = Case(shape=(3, 16, 7, 5), K=32, stride=2, project=True, dy_layout="nchw")
+@pytest.mark.parametrize("picked", [None, 0.7], ids=["all", "subset"])
+def test_two_runs_are_bitwise_the_same(device: str, picked: float | None) -> None:
+    case = Case(shape=(3, 16, 7, 5), K=32, stride=2, project=True, dy_layout="nchw", picked=picked)
     given_ = tensors(case, device)
     with small_tiles():
         first, second = (run(preact_unit, case, given_, fused=True) for _ in range(2))

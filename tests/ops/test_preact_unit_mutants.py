@@ -21,6 +21,8 @@ CONV_BLOCKS = Conv(shape=(2, 32, 3, 4))
 CONV_STRIDED = Conv(shape=(2, 16, 5, 6), K=16, stride=2)
 PROJECTED = Case(shape=(2, 16, 5, 6), K=16, stride=2, project=True, kept=(5, 9, 3))
 PICKED = Case(shape=(5, 16, 3, 3), picked=0.6)
+# Of two chunks, two tiles to a chunk of the projection and one to a chunk of conv1.
+PICKED_PROJECTED = Case(shape=(5, 16, 7, 6), K=16, stride=2, project=True, picked=0.4)
 HALF = Case(shape=(3, 16, 5, 5), dtype=torch.float16, moments=True)
 
 # File, the text to replace (once in the file), what takes its place, and the case that tells.
@@ -216,6 +218,25 @@ MUTANTS: dict[str, tuple[str, str, str, Case | Conv]] = {
         "k = channels_at(shortcut_order_ptr, places, places < K)",
         "k = channels_at(order_ptr, places, places < K)",
         PROJECTED,
+    ),
+    "the projection's gradient is of as many pixels as conv1's": (
+        "_conv_wgrad",
+        "tl.where(projection, SHORTCUT_M, M)",
+        "M",
+        PICKED_PROJECTED,
+    ),
+    "the projection's chunks are as long as conv1's": (
+        "_conv_wgrad",
+        "tl.where(projection, SHORTCUT_CHUNK, CHUNK)",
+        "CHUNK",
+        PICKED_PROJECTED,
+    ),
+    "the projection's gradient is of x in the index's order": (
+        "_conv_wgrad",
+        "if SUBSET and projection:",
+        "if SUBSET and tap_row > TAPS:",
+        # All samples are the index's: none is read past its end.
+        dataclasses.replace(PICKED_PROJECTED, picked=1.0),
     ),
     "norm1's moments are of every sample, not the index's": (
         "preact_unit",

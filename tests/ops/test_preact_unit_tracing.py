@@ -155,19 +155,23 @@ _FWD, _DGRAD = "_norm_relu_conv2d_fwd_kernel", "_norm_relu_conv2d_dgrad_kernel"
 _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
 _BWD = "_norm_relu_conv2d_bwd_kernel"
 _SELECT = "_norm_relu_conv2d_select_kernel"
-# Two kernels forward, one more for the moments of x, and that of the running statistics; backward
-# five, one less for each convolution of which one leaves both gradients, and meProp one more.
+# Two kernels forward, one more for the moments of x, for a subset one for the projection, and that of
+# the running statistics; backward five, one less for each convolution of which one leaves both
+# gradients, and meProp one more.
 FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_two_running_kernel"]
+PICKED = ["_moments_kernel", _FWD, _FWD, _FWD, "_update_two_running_kernel"]
 FUSED = [_BWD, _BWD, _DX]
 SPLIT = [_WGRAD, _DGRAD, _WGRAD, _DGRAD, _DX]
 PROJECTED = [_BWD, _WGRAD, _DGRAD, _DX]
 MEPROP = [_SELECT, _WGRAD, _DGRAD, _SELECT, _SELECT, _WGRAD, _DGRAD, _DX]
-# By what is traced: whether there is a projection, whether meProp, the dtype, and the backward.
-TRACED: list[tuple[bool, bool, torch.dtype, list[str]]] = [
-    (False, False, torch.bfloat16, FUSED),
-    (False, False, torch.float32, SPLIT),
-    (True, False, torch.bfloat16, PROJECTED),
-    (True, True, torch.bfloat16, MEPROP),
+# By what is traced: whether there is a projection, whether a subset, whether meProp, the dtype, and
+# what is launched.
+TRACED: list[tuple[bool, bool, bool, torch.dtype, list[list[str]]]] = [
+    (False, False, False, torch.bfloat16, [FORWARD, FUSED]),
+    (False, False, False, torch.float32, [FORWARD, SPLIT]),
+    (True, False, False, torch.bfloat16, [FORWARD, PROJECTED]),
+    (True, False, True, torch.bfloat16, [FORWARD, MEPROP]),
+    (True, True, False, torch.float32, [PICKED, SPLIT]),
 ]
 # What each kernel writes; PyTorch finds it in the kernel's IR, and takes all else as only read.
 WRITTEN = {
@@ -213,7 +217,9 @@ def _kernels_of(graph: torch.fx.Graph) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _trace(shortcut: bool, meprop: bool, dtype: torch.dtype) -> list[list[tuple[str, list[str]]]]:
+def _trace(
+    shortcut: bool, subset: bool, meprop: bool, dtype: torch.dtype
+) -> list[list[tuple[str, list[str]]]]:
     """The kernels in the graphs of forward and backward, with symbolic sizes."""
     import triton
     from torch._dynamo.backends.common import aot_autograd
@@ -236,7 +242,8 @@ def _trace(shortcut: bool, meprop: bool, dtype: torch.dtype) -> list[list[tuple[
         C, K, size, stride, padding = sizes
         return MePropConv2d(C, K, size, stride, padding, bias=False, k=4)
 
-    unit = PreActUnit(16, 32 if shortcut else 16, 2 if shortcut else 1, conv=conv)
+    drop = StochasticDepth(0.5, "subset", StepGenerator(1).unit(0.5)) if subset else None
+    unit = PreActUnit(16, 16, 2 if shortcut else 1, conv=conv, drop=drop)
     compiled: Any = torch.compile(
         unit,
         backend=aot_autograd(fw_compiler=keep, bw_compiler=keep),
@@ -262,8 +269,8 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
     )
     assert done.returncode == 0, done.stderr
     traced = [json.loads(line) for line in done.stdout.splitlines()[-len(TRACED) :]]
-    for graphs, (*_, backward) in zip(traced, TRACED, strict=True):
-        assert [[name for name, _ in graph] for graph in graphs] == [FORWARD, backward]
+    for graphs, (*_, kernels) in zip(traced, TRACED, strict=True):
+        assert [[name for name, _ in graph] for graph in graphs] == kernels
         for name, written in (launch for graph in graphs for launch in graph):
             assert written and set(written) <= WRITTEN[name], name
 
@@ -310,5 +317,5 @@ def test_past_2_to_the_31_elements(picked: bool) -> None:
 
 
 if __name__ == "__main__":
-    for projects, meprop, dtype, _ in TRACED:
-        print(json.dumps(_trace(projects, meprop, dtype)))
+    for *traced, _ in TRACED:
+        print(json.dumps(_trace(*traced)))
