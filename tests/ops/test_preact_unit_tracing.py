@@ -155,8 +155,8 @@ _FWD, _DGRAD = "_norm_relu_conv2d_fwd_kernel", "_norm_relu_conv2d_dgrad_kernel"
 _WGRAD, _DX = "_norm_relu_conv2d_wgrad_kernel", "_norm_relu_conv2d_dx_kernel"
 _BWD = "_norm_relu_conv2d_bwd_kernel"
 _SELECT = "_norm_relu_conv2d_select_kernel"
-# Two kernels forward, one more for the moments of x, for a subset one for the projection, and that of
-# the running statistics; backward five, one less for each convolution of which one leaves both
+# Two kernels forward, one more for the moments of x, one for a projection beside a subset, and that
+# of the running statistics; backward five, one less for each convolution of which one leaves both
 # gradients, and meProp one more.
 FORWARD = ["_moments_kernel", _FWD, _FWD, "_update_two_running_kernel"]
 PICKED = ["_moments_kernel", _FWD, _FWD, _FWD, "_update_two_running_kernel"]
@@ -317,5 +317,5 @@ def test_past_2_to_the_31_elements(picked: bool) -> None:
 
 
 if __name__ == "__main__":
-    for *traced, _ in TRACED:
-        print(json.dumps(_trace(*traced)))
+    for projects, subset, meprop, dtype, _ in TRACED:
+        print(json.dumps(_trace(projects, subset, meprop, dtype)))
