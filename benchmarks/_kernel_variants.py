@@ -286,7 +286,7 @@ def preact_unit_variants(dtype: torch.dtype) -> list[Variant]:
     for C, side, stride in shapes if half else shapes[:3]:
         name = f"C={C} {side}x{side} stride {stride}"
         _preact_unit_step(found, name, (128, C, side, side), dtype, stride)
-    for kind in ("eval", "row", "subset", "meprop") if half else ():
+    for kind in ("eval", "row", "subset", "meprop", "subset meprop") if half else ():
         _preact_unit_step(found, f"C=32 stride 2 {kind}", (128, 32, 16, 16), dtype, 2, kind)
     return found
 
@@ -295,15 +295,16 @@ def _preact_unit_step(
     into: list[Variant], name: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     stride: int, kind: str = "",
 ) -> None:  # fmt: skip
-    """kind: "eval", "row", "subset" (of half the samples), "meprop" (a quarter of the channels)."""
+    """kind: "eval", "row", "subset" (of half the samples), "meprop" (a quarter of the channels), or
+    both of these."""
     N, C, H, W = shape
     K, kept, trains = C * stride, N // 2, kind != "eval"
     x, c, k = _empty(shape, dtype), _empty((C,), torch.float32), _empty((K,), torch.float32)
     weight1, weight2 = (_empty((K, i, 3, 3), torch.float32) for i in (C, K))
     projection = _empty((K, C, 1, 1), torch.float32) if stride > 1 else None
     index = position = row_scale = None
-    kept_channels = K // 4 if kind == "meprop" else K
-    if kind == "subset":
+    kept_channels = K // 4 if "meprop" in kind else K
+    if "subset" in kind:
         index, position = _empty((kept,), torch.int64), _empty((N,), torch.int64)
     if kind == "row":
         row_scale = _empty((N,), torch.float32)

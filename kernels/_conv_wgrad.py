@@ -115,7 +115,8 @@ def _norm_relu_conv2d_wgrad_kernel(
                 h_mean, h_scale, mean_dz, slope, TRAINING,
             )  # fmt: skip
         if SUBSET and projection:
-            x_base, x_samples = x_ptr, (first + n).to(tl.int64) * (H * W * C)
+            x_base, x_samples = samples_at(x_ptr, None, first, n, ok, H * W * C)
+            x_samples = x_samples.to(tl.int64)  # as the index's
         else:
             x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)
