@@ -99,6 +99,12 @@ def _norm_relu_conv2d_wgrad_kernel(
         end = tl.where(k_start < kept, end, 0)
     for m_start in tl.range(pid * CHUNK, end, BLOCK_M, num_stages=1):
         first, n, out_y, out_x, ok = tile_pixels(m_start, end, OW, S, BLOCK_M)
+        if SUBSET:
+            # Before g: after it some builds spill. In 64 bits, as what an index names.
+            if projection:
+                x_base, x_samples = x_ptr, (first + n).to(tl.int64) * (H * W * C)
+            else:
+                x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         g_base, g_samples = samples_at(g_ptr, g_index_ptr, first, n, ok, S * K)
         h_base = h_ptr
         if h_ptr is not None:
@@ -114,10 +120,7 @@ def _norm_relu_conv2d_wgrad_kernel(
                 g_base, h_base, row_scale_ptr, samples, at, g_ok, scale,
                 h_mean, h_scale, mean_dz, slope, TRAINING,
             )  # fmt: skip
-        if SUBSET and projection:
-            x_base, x_samples = samples_at(x_ptr, None, first, n, ok, H * W * C)
-            x_samples = x_samples.to(tl.int64)  # as the index's
-        else:
+        if not SUBSET:
             x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)
         in_x = (out_x * STRIDE)[:, None] + (tap - PAD)[None, :]

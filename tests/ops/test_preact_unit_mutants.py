@@ -108,8 +108,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the projection's gradient is of x in the index's order": (
         "_conv_wgrad",
-        "if SUBSET and projection:",
-        "if SUBSET and tap_row > TAPS:",
+        "if projection:\n                x_base",
+        "if tap_row > TAPS:\n                x_base",
         # All samples are the index's: none is read past its end.
         dataclasses.replace(PICKED_PROJECTED, picked=1.0),
     ),
