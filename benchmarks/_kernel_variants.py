@@ -27,7 +27,7 @@ from fastres.kernels import (
     update_scale,
 )
 from fastres.kernels._launch import Launch, configure_for, family_of, record
-from fastres.kernels.norm_relu_conv2d import batch_moments
+from fastres.kernels.norm_relu_conv2d import batch_moments, norm_relu_conv2d_bwd
 
 # In the order in which a binary that several dtypes share finds its name.
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -288,6 +288,11 @@ def preact_unit_variants(dtype: torch.dtype) -> list[Variant]:
         _preact_unit_step(found, name, (128, C, side, side), dtype, stride)
     for kind in ("eval", "row", "subset", "meprop", "subset meprop") if half else ():
         _preact_unit_step(found, f"C=32 stride 2 {kind}", (128, 32, 16, 16), dtype, 2, kind)
+    # A 1x1 convolution by itself, which no unit has.
+    x, dy = _empty((128, 32, 16, 16), dtype), _empty((128, 64, 8, 8), dtype)
+    c, weight = _empty((32,), torch.float32), _empty((64, 32, 1, 1), torch.float32)
+    with _recorded_one_by_one(found, "1x1 C=32 16x16 stride 2 bwd"):
+        norm_relu_conv2d_bwd(dy, x, c, c, c, c, weight, None, 1.0, 2, 1e-5, True, ("", 1))
     return found
 
 
