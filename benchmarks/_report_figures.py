@@ -272,7 +272,8 @@ HEADLINES = (
     ),
     Headline(
         "bytes and launches of a step, depth 20, counted as it runs "
-        "(a pass: the bytes of all convolutions' outputs)",
+        "(a pass: the bytes of all convolutions' outputs; of so few images most of what the units "
+        "move are slabs of weights' gradients, which hardly grow with the batch)",
         "step_account", _account, "step_account.py", anywhere=True,
     ),
     Headline(
