@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import interpreter_builder
 
 from fastres.kernels._launch import Launch, watch
+from fastres.ops.dry_run import ALLOCATIONS
 
-# They reserve memory and run nothing.
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # What they change they do not read.
 OVERWRITES = {"zero_", "fill_", "copy_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 

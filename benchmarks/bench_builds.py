@@ -28,11 +28,10 @@ from _timing import percentiles
 from config import Config
 from prebuild import prebuild
 from trainer import Trainer
-from workers import Workers
+from workers import Workers, usable_cpus
 
 from fastres.data import split, synthetic
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from fastres.kernels import _aot
 
 
 def build_once(about: Row) -> Row:
@@ -88,12 +87,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=head, epilog=rest.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=["sm_90"])
-    parser.add_argument("--precision", nargs="+", choices=("fp16", "bf16", "fp32"))
+    parser.add_argument("--target", nargs="+", choices=_aot.TARGETS, default=["sm_90"])
+    dtypes = ("fp16", "bf16", "fp32")
+    parser.add_argument("--precision", nargs="+", choices=dtypes, default=["fp16"])
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, nargs="+", default=[cores])
+    parser.add_argument("--threads", type=int, nargs="+", default=[usable_cpus()])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="toy size, to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
@@ -110,7 +109,7 @@ def main() -> int:
             "batch_size": args.batch_size, "threads": threads,
         }
         for target in args.target
-        for dtype in args.precision or ["fp16"]
+        for dtype in args.precision
         for threads in args.threads
     ]  # fmt: skip
     found = bench(abouts, args.repeats)

@@ -6,15 +6,7 @@ from torch import Tensor
 from fastres.ops._dense import check_grads, like, overlaps, send
 from fastres.optim import FusedSGD
 
-__all__ = [
-    "check_grads",
-    "device_of",
-    "gradients",
-    "has_buffers",
-    "parameters",
-    "send",
-    "takes_tensors",
-]
+__all__ = ["device_of", "gradients", "has_buffers", "parameters", "send", "takes_tensors"]
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

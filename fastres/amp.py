@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastres._loss_scale import LossScale
 from fastres._optimizers import (
-    check_grads,
     device_of,
     gradients,
     has_buffers,
@@ -28,6 +27,7 @@ from fastres._optimizers import (
 )
 from fastres._watch import WatchedStatistics
 from fastres.ops import unscale
+from fastres.ops._dense import check_grads
 from fastres.optim import FusedSGD
 
 
@@ -184,7 +184,7 @@ class LossScaler(LossScale):
         if progress.stage == "ready":
             if isinstance(optimizer, FusedSGD):
                 optimizer.drop_master_grads()
-                overflow = optimizer.find_overflow()
+                overflow = optimizer.need_overflow() if optimizer.finds_overflow else None
             grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
             scale = send(scale, device_of(grads, scale))
             if overflow is None:
@@ -203,7 +203,7 @@ class LossScaler(LossScale):
             for name in handed:
                 delattr(optimizer, name)
         if overflow is not None:
-            progress.found_inf = overflow.found_inf  # until the next step writes there again
+            progress.found_inf = overflow.found_inf
         assert progress.found_inf is not None
         return progress.found_inf
 

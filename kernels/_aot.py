@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import re
 import subprocess
 import tempfile
@@ -138,7 +137,8 @@ def build_all(
 
     Args:
         target: one of TARGETS; None, this machine's GPU.
-        threads: at work at once; None, one for each core. The compiler leaves Python to the others.
+        threads: at work at once, for the compiler leaves Python to the others; None, as many as a
+            ThreadPoolExecutor has.
     Returns:
         How many binaries it was.
     """
@@ -152,19 +152,12 @@ def build_all(
     collects = gc.isenabled()
     gc.disable()
     try:
-        with ThreadPoolExecutor(threads or _cores()) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(compile_one, found.values()))
     finally:
         if collects:
             gc.enable()
     return len(found)
-
-
-def _cores() -> int:
-    """That this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def build(launch: Launch, target: str) -> Build:

@@ -75,7 +75,7 @@ class FlatGradients:
         """Say that the backward that follows is the step's last: its gradients are complete."""
         for part in self._parts:
             part.left = len(part.params)
-        self._complete = True
+        self._complete, self._begun = True, 0
 
     @torch.no_grad()
     def _arrived(self, part: _Part, _: Tensor) -> None:

@@ -91,7 +91,7 @@ def fused_ops(trainer: "Trainer") -> str:
     steps = ["augment"]
     if trainer.scaler.is_enabled():
         # A step that sees for itself whether it overflows has nothing unscaled before it.
-        steps += ["update_scale"] if sgd and sgd.find_overflow() else ["unscale", "update_scale"]
+        steps += ["update_scale"] if sgd and sgd.finds_overflow else ["unscale", "update_scale"]
     steps += ["sgd_step"] if sgd else []
     path = "Triton kernels" if triton else "PyTorch's own operators, as on any CPU"
     return f"{', '.join(layers + steps)}; by {path}"

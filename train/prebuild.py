@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from errors import TrainError
+from workers import usable_cpus
 
 from fastres.ops import build_kernels, dry_run
 
@@ -22,7 +23,7 @@ def prebuild(
     others find it done.
 
     Args:
-        target, threads: of build_kernels; None, the trainer's own GPU, and all cores.
+        target, threads: of build_kernels; None, the trainer's own GPU, and one for each core.
     Returns:
         How many binaries it was, and the seconds.
     Raises:
@@ -48,5 +49,6 @@ def prebuild(
             steps.end_epoch()
     # What PyTorch's own calls made of numbers that no kernel had written.
     trainer.load_state_dict(state)
+    threads = threads or usable_cpus()
     count = workers.leader_first(lambda: build_kernels(launches, target, threads))
     return count, time.perf_counter() - start

@@ -4,8 +4,6 @@ import contextlib
 import inspect
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -29,7 +27,7 @@ from workers import Workers
 from fastres.amp import LossScaler
 from fastres.data import ImageSet, Splits
 from fastres.models import ResNet
-from fastres.ops import StepGenerator, shuffle, update_every_stats
+from fastres.ops import StepGenerator, dry_run, shuffle, update_every_stats
 from fastres.optim import YellowFin
 
 # Images a process evaluates at once: enough to fill a GPU, little beside a training step's memory.
@@ -155,9 +153,11 @@ class Trainer(ImageView):
         buffers = [b.clone() for b in self.model.buffers()]
         workers = self.workers.world_size * self.config.micro_batches
         index = torch.arange(self.config.batch_size // workers, device=self.workers.device)
-        for _ in range(2):
-            self._loss(index, epoch=0)[0].backward()
-            self.optimizer.zero_grad()
+        # What is to be built at once is not to be built here, as it comes.
+        with dry_run() if self.config.prebuild else contextlib.nullcontext():
+            for _ in range(2):
+                self._loss(index, epoch=0)[0].backward()
+                self.optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
@@ -314,7 +314,7 @@ class Trainer(ImageView):
             "lr": self.lr_of(self.epoch * self.steps_per_epoch - 1),
             "seconds": seconds,
             "images_per_second": images / seconds,
-            "memory_bytes": self._memory(),
+            "memory_bytes": workers.peak_memory(),
             **({} if config.meprop_ratio is None else {"meprop_dense": self.meprop_dense}),
             **(scaling if self.scaler.is_enabled() else {}),
             **self._tuned(),
@@ -337,13 +337,6 @@ class Trainer(ImageView):
                 f"--lr {self.config.lr}, add --warmup-epochs or pass --precision bf16 (the last "
                 "checkpoint is whole)"
             )
-
-    def _memory(self) -> int:
-        """Peak memory in bytes: the GPU's, or the resident set of this process."""
-        if self.workers.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
     def average_statistics(self) -> None:
         """Give every worker the mean of the workers' running statistics."""

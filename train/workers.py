@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -162,3 +163,10 @@ class Workers:
         flat = self.sum_(flat) / self.world_size
         for t, mean in zip(wanted, flat.split([t.numel() for t in wanted]), strict=True):
             t.copy_(mean.view_as(t))
+
+    def peak_memory(self) -> int:
+        """In bytes: of this process's GPU, or what it had resident."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -31,7 +31,7 @@ def register_op(
 
 
 def takes_kernels(x: torch.Tensor) -> bool:
-    """Whether x takes the Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
+    """Whether x takes the Triton kernels: on a GPU, anywhere in the interpreter or a dry run."""
     return x.is_cuda or INTERPRET or collecting
 
 

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastres.ops import _register
 
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# They reserve memory and run nothing.
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def build_kernels(
     Args:
         launches: of dry_run.
         target: "sm_80", "sm_90", "sm_100" or "gfx942", with no GPU needed; None, this machine's.
-        threads: how many are built at once; None, one for each core.
+        threads: how many are built at once; None, as many as a ThreadPoolExecutor has.
     Returns:
         How many different binaries the launches take; those in the cache cost nothing.
     """
@@ -71,7 +72,7 @@ class _Zeros(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "fastres" or func.overloadpacket.__name__ in _ALLOCATIONS:
+        if func.namespace == "fastres" or func.overloadpacket.__name__ in ALLOCATIONS:
             for t in tree_leaves(out):
                 if isinstance(t, Tensor):
                     t.zero_()

@@ -11,8 +11,8 @@ from fastres.ops import cast, flat_offsets, takes_kernels
 from fastres.ops._dense import DTYPES, is_dense, like
 from fastres.ops.sgd_step import Overflow, overflow_of, step_each, step_flat
 
-# Elements up to which a step finds an overflow itself: one launch and 4 bytes an element more, each
-# of which a launch of its own takes some microseconds to make up for. Not tuned on a GPU yet.
+# Elements up to which a step finds an overflow itself: a launch less, and 4 bytes an element more
+# that move. Not tuned on a GPU yet.
 FINDS_OVERFLOW = 1 << 21
 # And parameters, each of which has a program or more: a launch counts less than 2^15 of them.
 _MOST_PARAMETERS = 1 << 14

@@ -125,19 +125,25 @@ class FusedSGD(torch.optim.Optimizer):
         }
         return [found[p] for group in self.param_groups for p in group["params"]]
 
-    def find_overflow(self) -> Overflow | None:
-        """What a step finds Inf and NaN with that is handed it as the attribute `overflow`, beside
-        grad_scale: its found_inf says afterwards whether the step was skipped.
+    @property
+    def finds_overflow(self) -> bool:
+        """Whether a step can see for itself if a gradient is Inf or NaN, given need_overflow().
 
-        None where parameters lie in several buffers, none of whose steps sees the others'
-        gradients, in a large one, or on a CPU: found_inf is found before such a step.
+        Not where parameters lie in several buffers, none of whose steps sees the others' gradients,
+        in a large one, or on a CPU: found_inf is found before such a step.
         """
         parts = [part for parts in self._flat for part in parts]
-        if len(parts) != 1 or not parts[0].finds_overflow:
-            return None
+        return len(parts) == 1 and parts[0].finds_overflow
+
+    def need_overflow(self) -> Overflow:
+        """What a step takes as the attribute `overflow`, beside grad_scale, in found_inf's place.
+
+        Its found_inf says afterwards whether the step was skipped, until the next one writes it.
+        """
+        ((part,),) = self._flat
         if self.param_groups[0]["momentum"] != 0:
-            self._show_momentum(parts[0])
-        return parts[0].need_overflow()
+            self._show_momentum(part)
+        return part.need_overflow()
 
     def drop_master_grads(self) -> None:
         """Forget the fp32 gradients that LossScaler.unscale_ made of half-precision ones."""

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from ops import kernel_mutants
-from ops.norm_relu_conv2d_equality import Case, check, small_tiles
+from ops.conv_mutants import BOTH, see_that_a_copy_passes, see_that_it_fails
+from ops.norm_relu_conv2d_equality import Case, check
 
 # Three tiles of 32 pixels, one to a chunk, the last in part; in fp32 one block of 16 channels.
 CASE = Case(shape=(3, 16, 5, 5), K=16, row_scale=True, seed=2)
@@ -136,54 +136,52 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         TILES,
     ),
 }
-# Of the kernel that leaves both gradients of a convolution.
-_BOTH = "_conv_backward"
 MUTANTS |= {
     "both gradients' row of taps meets the wrong row of pixels": (
-        _BOTH,
+        BOTH,
         "samples, at + W * K,",
         "samples, at,",
         CASE,
     ),
-    "both gradients reach past the row's end": (_BOTH, "& (g_x >= 0) & (g_x < W)", "", CASE),
+    "both gradients reach past the row's end": (BOTH, "& (g_x >= 0) & (g_x < W)", "", CASE),
     "both gradients' taps are in reverse": (
-        _BOTH,
+        BOTH,
         "k * weight_stride_k + (2 - j) * weight_stride_w",
         "k * weight_stride_k + (j % 3) * weight_stride_w",
         CASE,
     ),
     "both gradients: the mask forgets the bias": (
-        _BOTH,
+        BOTH,
         "kept = passes(z) & mc_ok",
         "kept = passes(v * z_scale[None, :]) & mc_ok",
         CASE,
     ),
     "both gradients: the weight's is of what ReLU stopped": (
-        _BOTH,
+        BOTH,
         "operand(tl.where(kept, z, 0.0), dtype)",
         "operand(tl.where(mc_ok, z, 0.0), dtype)",
         CASE,
     ),
     "both gradients: the weight's is the last tile's alone": (
-        _BOTH,
+        BOTH,
         "product(a, g, dweight)",
         "product(a, g, tl.zeros_like(dweight))",
         TILES,
     ),
     "both gradients: the weight's rows of taps are exchanged": (
-        _BOTH,
+        BOTH,
         "tl.store(slab_ptrs + weight_stride_h, dweight1, mask=slab_ok)",
         "tl.store(slab_ptrs + weight_stride_h, dweight0, mask=slab_ok)",
         CASE,
     ),
     "both gradients: the sum is of dz * z": (
-        _BOTH,
+        BOTH,
         "tl.where(mc_ok, dz * v, 0.0)",
         "tl.where(mc_ok, dz * z, 0.0)",
         CASE,
     ),
     "both gradients forget row_scale": (
-        _BOTH,
+        BOTH,
         "out.dweight, out.dbias, out.row_scale, weight,",
         "out.dweight, out.dbias, None, weight,",
         CASE,
@@ -194,17 +192,13 @@ MUTANTS |= {
 def test_an_unbroken_copy_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    kernel_mutants.take(tmp_path, monkeypatch, "preact_unit")
-    for case, both in dict.fromkeys((case, file == _BOTH) for file, *_, case in MUTANTS.values()):
-        with small_tiles(fuses=both):
-            check(case, device)
+    see_that_a_copy_passes(
+        tmp_path, monkeypatch, MUTANTS.values(), lambda case: check(case, device)
+    )
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    kernel_mutants.take(tmp_path, monkeypatch, *MUTANTS[name][:3])
-    both = MUTANTS[name][0] == _BOTH
-    with small_tiles(fuses=both), pytest.raises(AssertionError, match="is off"):
-        check(MUTANTS[name][3], device)
+    see_that_it_fails(tmp_path, monkeypatch, MUTANTS[name], lambda case: check(case, device))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops import kernel_mutants
-from ops.norm_relu_conv2d_equality import small_tiles
+from ops.conv_mutants import BOTH, see_that_a_copy_passes, see_that_it_fails
 from ops.preact_unit_equality import Case, check
 
 # Three tiles of 32 pixels, one to a chunk, the last in part; in fp32 one block of 16 channels. What
@@ -198,17 +197,15 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         Case(shape=(2, 16, 2, 2), training=(True, False)),
     ),
 }
-# Of the kernel that leaves both gradients of a convolution.
-_BOTH = "_conv_backward"
 MUTANTS |= {
     "both gradients take dy's first samples": (
-        _BOTH,
+        BOTH,
         "samples_at(g_ptr, g_index_ptr, first, n, ok, H * W * K)",
         "samples_at(g_ptr, None, first, n, ok, H * W * K)",
         PICKED,
     ),
     "both gradients in evaluation are the training's": (
-        _BOTH,
+        BOTH,
         "TRAINING=out.training",
         "TRAINING=True",
         Case(shape=(2, 16, 2, 2), training=(True, False)),
@@ -219,17 +216,13 @@ MUTANTS |= {
 def test_an_unbroken_copy_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    kernel_mutants.take(tmp_path, monkeypatch, "preact_unit")
-    for case, both in dict.fromkeys((case, file == _BOTH) for file, *_, case in MUTANTS.values()):
-        with small_tiles(fuses=both):
-            check(case, device)
+    see_that_a_copy_passes(
+        tmp_path, monkeypatch, MUTANTS.values(), lambda case: check(case, device)
+    )
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    kernel_mutants.take(tmp_path, monkeypatch, *MUTANTS[name][:3])
-    both = MUTANTS[name][0] == _BOTH
-    with small_tiles(fuses=both), pytest.raises(AssertionError, match="is off"):
-        check(MUTANTS[name][3], device)
+    see_that_it_fails(tmp_path, monkeypatch, MUTANTS[name], lambda case: check(case, device))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import prebuild
 import torch
 import torch.distributed as dist
 import trainer
@@ -21,6 +22,8 @@ from flat_gradients import FlatGradients
 from main import train
 from torch import nn
 from workers import Workers, end_process
+
+from fastres.data import split, synthetic
 
 
 def models(workers: Workers) -> dict[str, str]:
@@ -89,6 +92,28 @@ def in_buckets(workers: Workers) -> dict[str, str]:
     return said
 
 
+def prebuilt(flags: list[str], workers: Workers) -> tuple[bool, int]:
+    """Whether two steps after --prebuild are those without, and how many launches it collected."""
+    collected: list[Any] = []
+
+    def collect(launches: list[Any], target: str, threads: int) -> int:
+        collected.extend(launches)
+        return len(launches)
+
+    after = []
+    for ahead in (False, True):
+        config = parse([*flags, *(["--prebuild"] if ahead else [])], quiet=True)
+        made = trainer.Trainer(config, workers, split(synthetic(48, 20, 8)))
+        if ahead:
+            with mock.patch.object(prebuild, "build_kernels", collect):
+                prebuild.prebuild(made, "sm_90")
+        made.network.train()
+        for step, index in enumerate(list(made.batches(0))[:2]):
+            made.train_step(index, step)
+        after.append([*made.model.state_dict().values()])
+    return all(torch.equal(a, b) for a, b in zip(*after, strict=True)), len(collected)
+
+
 def main() -> None:
     workers = Workers.join("cpu")
     out, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -96,6 +121,7 @@ def main() -> None:
         (out / f"said{workers.rank}.json").write_text(json.dumps(models(workers)))
         for name, each in flags.items():
             train(parse([*each, "--out", str(out / f"{name}-ddp")], quiet=True), workers)
+        ahead = [prebuilt(flags["plain"], workers)]
         # On a GPU a graph replays what a DeviceStep calls; here it is called.
         trainer.GraphedStep = DeviceStep  # type: ignore[misc, assignment]  # in its place
         trainer.GraphedCount = lambda count: count  # type: ignore[misc, assignment, return-value]  # as above
@@ -103,6 +129,8 @@ def main() -> None:
             buckets = "3" if number % 2 == 0 else "1"
             graph = [*each, "--cuda-graph", "--gradient-buckets", buckets]
             train(parse([*graph, "--out", str(out / f"{name}-flat")], quiet=True), workers)
+        ahead.append(prebuilt([*flags["plain"], "--cuda-graph"], workers))
+        (out / f"ahead{workers.rank}.json").write_text(json.dumps(ahead))
     finally:
         workers.leave()
 

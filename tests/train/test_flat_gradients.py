@@ -73,6 +73,13 @@ def test_buckets_are_reduced_beside_the_backward(finished: Path) -> None:
     assert said["after it"] == "2"
 
 
+def test_kernels_are_collected_and_nothing_is_trained(finished: Path) -> None:
+    """--prebuild in two processes, whose collectives meet in the dry run too."""
+    for rank in (0, 1):
+        for same_steps, launches in json.loads((finished / f"ahead{rank}.json").read_text()):
+            assert same_steps and launches > 15
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
