@@ -170,7 +170,7 @@ def blocks_of(inner: int, outer: int, taps: int, dtype: torch.dtype) -> Blocks:
         rows = WIDE_ROWS[family()][inner_block == outer_block]
     elif widest > 16:
         rows //= 2
-    wide = widest == most or (widest > 16 and family() == "mma")
+    wide = widest == most or family() == "mma"
     return Blocks(inner_block, outer_block, rows, keeps, 8 if wide else 4)
 
 

@@ -29,7 +29,7 @@ from ._conv_dgrad import conv_dgrad
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
 from ._conv_wgrad import conv_wgrad, slab_chunks
 from ._launch import family, launch
-from ._normalize import passes, rstd_of, scale_and_bias
+from ._normalize import passes, rstd_of, scale_and_bias, unknown_zero
 
 # Channels on either side, by family, see there: registers hold three rows of taps' products, each
 # of four times as many lanes as channels. fp32 takes twice as many. More spills.
@@ -42,13 +42,13 @@ BLOCK_M = 32
 
 @triton.jit
 def _tap_row(
-    acc, dweight, a, weight, g_base, h_base, row_scale_ptr, samples, at, ok, scale,
-    h_mean, h_scale, mean_dz, slope, TRAINING: tl.constexpr, DTYPE: tl.constexpr,
+    acc, dweight, a, weight, g_base, h_base, row_scale_ptr, samples, at, ok, zero,
+    h_scale, h_slope, h_offset, TRAINING: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """acc + g @ weight and dweight + a^T @ g, of a row of taps that lie side by side in g."""
     g = conv_gradient(
-        g_base, h_base, row_scale_ptr, samples, at, ok, scale,
-        h_mean, h_scale, mean_dz, slope, TRAINING,
+        g_base, h_base, row_scale_ptr, samples, at, ok, zero,
+        h_scale, h_slope, h_offset, TRAINING,
     )  # fmt: skip
     g = operand(g, DTYPE)
     return product(g, weight, acc), product(a, g, dweight)
@@ -81,10 +81,10 @@ def _norm_relu_conv2d_bwd_kernel(
     lanes = tl.arange(0, LANES)
     j, k = lanes // BLOCK_K, lanes % BLOCK_K
     k_ok = (j < 3) & (k < K)
-    h_mean = tl.zeros([LANES], tl.float32)
-    h_scale, mean_dz, slope = h_mean, h_mean, h_mean
+    h_scale = tl.zeros([LANES], tl.float32)
+    h_slope, h_offset = h_scale, h_scale
     if h_ptr is not None:
-        h_mean, h_scale, mean_dz, slope = lazy_norm(
+        h_scale, h_slope, h_offset = lazy_norm(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, dh_weight_ptr, dh_bias_ptr,
             k, k_ok, H_ROWS, K, H_P, h_eps, pid == 0, TRAINING, BLOCK_P,
         )  # fmt: skip
@@ -97,6 +97,7 @@ def _norm_relu_conv2d_bwd_kernel(
     weight1 = operand(tl.load(weight_ptrs, mask=weight_ok, other=0.0), dtype)
     weight_ptrs += weight_stride_h
     weight2 = operand(tl.load(weight_ptrs, mask=weight_ok, other=0.0), dtype)
+    zero = unknown_zero(eps, dtype)
     dweight0 = tl.zeros([BLOCK_C, LANES], tl.float32)
     dweight1, dweight2 = dweight0, dweight0
     sum_dz = tl.zeros([BLOCK_C], tl.float32)
@@ -111,7 +112,7 @@ def _norm_relu_conv2d_bwd_kernel(
         v = v.to(tl.float32) - mean[None, :]
         z = v * z_scale[None, :] + z_bias[None, :]
         kept = passes(z) & mc_ok
-        a = tl.trans(operand(tl.where(kept, z, 0.0), dtype))
+        a = tl.trans(operand(tl.where(kept, z, zero), dtype))
         g_base, g_samples = samples_at(g_ptr, g_index_ptr, first, n, ok, H * W * K)
         h_base = h_ptr
         if h_ptr is not None:
@@ -124,18 +125,19 @@ def _norm_relu_conv2d_bwd_kernel(
         # The row of taps 0 met the row of pixels below.
         acc, dweight0 = _tap_row(
             acc, dweight0, a, weight0, g_base, h_base, row_scale_ptr, samples, at + W * K,
-            g_ok & (y < H - 1)[:, None], scale, h_mean, h_scale, mean_dz, slope, TRAINING, dtype,
+            g_ok & (y < H - 1)[:, None], zero, h_scale, h_slope, h_offset, TRAINING, dtype,
         )  # fmt: skip
         acc, dweight1 = _tap_row(
             acc, dweight1, a, weight1, g_base, h_base, row_scale_ptr, samples, at,
-            g_ok, scale, h_mean, h_scale, mean_dz, slope, TRAINING, dtype,
+            g_ok, zero, h_scale, h_slope, h_offset, TRAINING, dtype,
         )  # fmt: skip
         acc, dweight2 = _tap_row(
             acc, dweight2, a, weight2, g_base, h_base, row_scale_ptr, samples, at - W * K,
-            g_ok & (y > 0)[:, None], scale, h_mean, h_scale, mean_dz, slope, TRAINING, dtype,
+            g_ok & (y > 0)[:, None], zero, h_scale, h_slope, h_offset, TRAINING, dtype,
         )  # fmt: skip
 
-        dz = tl.where(kept, acc, 0.0).to(dtype)
+        acc *= scale
+        dz = tl.where(kept, acc, zero).to(dtype)
         dz_base, dz_samples = samples_at(dz_ptr, None, first, n, ok, H * W * C)
         tl.store(dz_base + (dz_samples + pixel)[:, None] + c[None, :], dz, mask=mc_ok)
         dz = dz.to(tl.float32)
@@ -146,9 +148,9 @@ def _norm_relu_conv2d_bwd_kernel(
     tl.store(partial_ptr + (P + pid) * C + c, sum_dzx, mask=c_ok)
     slab_ptrs = slab_ptr + pid.to(tl.int64) * slab_stride + tl.trans(weight_at)
     slab_ok = tl.trans(weight_ok)
-    tl.store(slab_ptrs, dweight0, mask=slab_ok)
-    tl.store(slab_ptrs + weight_stride_h, dweight1, mask=slab_ok)
-    tl.store(slab_ptrs + 2 * weight_stride_h, dweight2, mask=slab_ok)
+    tl.store(slab_ptrs, dweight0 * scale, mask=slab_ok)
+    tl.store(slab_ptrs + weight_stride_h, dweight1 * scale, mask=slab_ok)
+    tl.store(slab_ptrs + 2 * weight_stride_h, dweight2 * scale, mask=slab_ok)
 
 
 def fuses(weight: torch.Tensor, stride: int, kept: int, dtype: torch.dtype) -> bool:

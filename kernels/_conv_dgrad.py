@@ -28,13 +28,13 @@ from ._conv import (
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
 from ._launch import launch
 from ._moments import merged_sums
-from ._normalize import passes, rstd_of, scale_and_bias
+from ._normalize import passes, rstd_of, scale_and_bias, unknown_zero
 
 
 @triton.jit
 def _dgrad_tap(
-    acc, weight, g_base, h_base, row_scale_ptr, samples, g_samples, ok, at_y, at_x, scale,
-    h_mean, h_scale, mean_dz, slope, k, k_ok,
+    acc, weight, g_base, h_base, row_scale_ptr, samples, g_samples, ok, at_y, at_x, zero,
+    h_scale, h_slope, h_offset, k, k_ok,
     K: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, TRAINING: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +42,8 @@ def _dgrad_tap(
     inside = ok & (at_y >= 0) & (at_y < OH) & (at_x >= 0) & (at_x < OW)
     at = (g_samples + (at_y * OW + at_x) * K)[:, None] + k[None, :]
     g = conv_gradient(
-        g_base, h_base, row_scale_ptr, samples, at, inside[:, None] & k_ok[None, :], scale,
-        h_mean, h_scale, mean_dz, slope, TRAINING,
+        g_base, h_base, row_scale_ptr, samples, at, inside[:, None] & k_ok[None, :], zero,
+        h_scale, h_slope, h_offset, TRAINING,
     )  # fmt: skip
     return product(operand(g, DTYPE), weight, acc)
 
@@ -83,13 +83,13 @@ def _norm_relu_conv2d_dgrad_kernel(
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
     z_scale, z_bias = scale_and_bias(norm_weight_ptr, norm_bias_ptr, rstd_of(var, eps), c, c_ok)
-    h_mean = tl.zeros([BLOCK_K], tl.float32)
-    h_scale, mean_dz, slope = h_mean, h_mean, h_mean
+    h_scale = tl.zeros([BLOCK_K], tl.float32)
+    h_slope, h_offset = h_scale, h_scale
     if h_ptr is not None and ONE_BLOCK:
         lanes = tl.arange(0, BLOCK_K)
         k = channels_at(order_ptr, lanes, lanes < KEPT)
         writes = (pid == 0) & (tl.program_id(1) == 0) & (parity == 0)
-        h_mean, h_scale, mean_dz, slope = lazy_norm(
+        h_scale, h_slope, h_offset = lazy_norm(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, dh_weight_ptr, dh_bias_ptr,
             k, lanes < KEPT, H_ROWS, K, H_P, h_eps, writes, TRAINING, BLOCK_P,
         )  # fmt: skip
@@ -101,6 +101,7 @@ def _norm_relu_conv2d_dgrad_kernel(
         weights = weight_taps(
             weight_ptr, weight_at, weight_ok, weight_stride_h, weight_stride_w, dtype, TAPS
         )
+    zero = unknown_zero(eps, dtype)
     sum_dz = tl.zeros([BLOCK_C], tl.float32)
     sum_dzx = sum_dz
     end = tl.minimum((pid + 1) * CHUNK, M)
@@ -122,7 +123,7 @@ def _norm_relu_conv2d_dgrad_kernel(
             k = channels_at(order_ptr, lanes, k_ok)
             if h_ptr is not None and not ONE_BLOCK:
                 writes = (pid == 0) & (tl.program_id(1) == 0) & (parity == 0)
-                h_mean, h_scale, mean_dz, slope = lazy_norm(
+                h_scale, h_slope, h_offset = lazy_norm(
                     h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, dh_weight_ptr, dh_bias_ptr,
                     k, k_ok, H_ROWS, K, H_P, h_eps, writes & (m_start == 0), TRAINING, BLOCK_P,
                 )  # fmt: skip
@@ -143,9 +144,11 @@ def _norm_relu_conv2d_dgrad_kernel(
                     acc = _dgrad_tap(
                         acc, weight, g_base, h_base, row_scale_ptr, samples, g_samples,
                         samples >= 0, out_y + (odd_y - tap_y) // STRIDE,
-                        out_x + (odd_x - tap_x) // STRIDE, scale, h_mean, h_scale, mean_dz, slope,
+                        out_x + (odd_x - tap_x) // STRIDE, zero, h_scale, h_slope, h_offset,
                         k, k_ok, K, OH, OW, TRAINING, dtype,
                     )  # fmt: skip
+        # The sum, since after a bare product an fp32 build for sm_90 spills 8 bytes.
+        acc = acc * scale + 0.0
         if dshortcut_ptr is not None:
             if parity == 0:
                 base, at_samples = samples_at(dshortcut_ptr, None, first, n, ok, OH * OW * K)
@@ -159,7 +162,7 @@ def _norm_relu_conv2d_dgrad_kernel(
                     projection = tl.load(shortcut_weight_ptr + at, mask=weight_ok, other=0.0)
                     acc = _dgrad_tap(
                         acc, operand(projection, dtype), base, None, None, samples, at_samples, ok,
-                        out_y, out_x, 1.0, h_mean, h_scale, mean_dz, slope, k, k_ok,
+                        out_y, out_x, zero, h_scale, h_slope, h_offset, k, k_ok,
                         K, OH, OW, TRAINING, dtype,
                     )  # fmt: skip
 

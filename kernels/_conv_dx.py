@@ -1,6 +1,6 @@
 """The end of a unit's backward: BatchNorm's, the shortcut's gradient, and the sums of the slabs.
 
-    dx = dy + scale * (dz - mean_dz - (x - mean) * slope);   dweight = sum over p of slab[p]
+    dx = dy + scale * dz + slope * x + offset;   dweight = sum over p of slab[p]
 
 Least bytes moved, with e bytes an element: e for each of dz, x, dx and, with a shortcut, dy.
 """
@@ -40,7 +40,7 @@ def _norm_relu_conv2d_dx_kernel(
         chunk = pid // columns
         c = pid % columns * BLOCK_C + tl.arange(0, BLOCK_C)
         c_ok = c < C
-        mean, scale, mean_dz, slope = lazy_norm(
+        scale, slope, offset = lazy_norm(
             partial_ptr, mean_ptr, var_ptr, norm_weight_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
             c, c_ok, ROWS, C, P, eps, chunk == 0, TRAINING, BLOCK_P,
         )  # fmt: skip
@@ -54,10 +54,11 @@ def _norm_relu_conv2d_dx_kernel(
             dz_ok = mc_ok if index_ptr is None else mc_ok & (dz_samples >= 0)[:, None]
             dz_at = (dz_samples + s * C)[:, None] + c[None, :]
             dx = tl.load(dz_base + dz_at, mask=dz_ok, other=0.0).to(tl.float32)
+            dx *= scale[None, :]
             if TRAINING:
                 x = tl.load(x_ptr + moved + at, mask=dz_ok, other=0.0).to(tl.float32)
-                dx -= mean_dz[None, :] + (x - mean[None, :]) * slope[None, :]
-            dx = tl.where(dz_ok, dx * scale[None, :], 0.0)
+                dx += x * slope[None, :] + offset[None, :]
+            dx = tl.where(dz_ok, dx, 0.0)
             if dy_ptr is not None:
                 dx += tl.load(dy_ptr + moved + at, mask=mc_ok, other=0.0).to(tl.float32)
             tl.store(dx_ptr + moved + at, dx.to(dx_ptr.dtype.element_ty), mask=mc_ok)

@@ -31,7 +31,7 @@ from ._conv import (
 )
 from ._launch import launch
 from ._moments import Moments, Stats, merge_tile
-from ._normalize import batch_stats, normalized, rstd_of, scale_and_bias
+from ._normalize import batch_stats, normalized, rstd_of, scale_and_bias, unknown_zero
 
 
 @triton.jit
@@ -76,6 +76,7 @@ def _norm_relu_conv2d_fwd_kernel(
         weights = weight_taps(
             weight_ptr, weight_at, ck_ok, weight_stride_h, weight_stride_w, dtype, TAPS
         )
+    outside = unknown_zero(eps, dtype)
     y_mean = tl.zeros([BLOCK_K], tl.float32)
     y_m2 = y_mean
     seen = 0.0
@@ -103,7 +104,7 @@ def _norm_relu_conv2d_fwd_kernel(
                 inside = inside[:, None] & c_ok[None, :]
                 at = (x_samples + (in_y * W + in_x) * C)[:, None] + c[None, :]
                 x = tl.load(x_base + at, mask=inside, other=0.0)
-                a = operand(normalized(x, mean, a_scale, a_bias, inside), dtype)
+                a = operand(normalized(x, mean, a_scale, a_bias, inside, outside), dtype)
                 ck_ok = c_ok[:, None] & k_ok[None, :]
                 if KEEP:
                     weight = weights[tap]

@@ -20,9 +20,9 @@ def lazy_norm(
     partial_ptr, mean_ptr, var_ptr, weight_ptr, dweight_ptr, dbias_ptr, k, k_ok, ROWS, K, P, eps,
     writes, TRAINING: tl.constexpr, BLOCK_P: tl.constexpr, factor_ptr=None,
 ):  # fmt: skip
-    """BatchNorm's backward g = scale * (dz - mean_dz - (h - mean) * slope): the four vectors.
+    """scale, slope and offset of BatchNorm's backward g = scale * dz + slope * h + offset.
 
-    partial_ptr: [2, P, K], sums of dz and of dz * (h - mean). In evaluation mean_dz and slope are
+    partial_ptr: [2, P, K], sums of dz and of dz * (h - mean). In evaluation slope and offset are
     0. By who writes also dweight and dbias. factor_ptr: a scalar, a factor of the sums.
     """
     mean = tl.load(mean_ptr + k, mask=k_ok, other=0.0).to(tl.float32)
@@ -41,33 +41,35 @@ def lazy_norm(
             tl.store(dweight_ptr + k, dweight, mask=k_ok)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + k, sum_dz.to(dbias_ptr.dtype.element_ty), mask=k_ok)
-    mean_dz = tl.zeros_like(scale)
-    slope = mean_dz
+    slope = tl.zeros_like(scale)
+    offset = slope
     if TRAINING:
-        mean_dz = sum_dz / ROWS
-        slope = rstd * rstd * (sum_dzh / ROWS)
-    return mean, scale, mean_dz, slope
+        slope = -scale * (rstd * rstd * (sum_dzh / ROWS))
+        # Not centred: what slope * h loses to a large mean is of a correction, not of dz.
+        offset = -scale * (sum_dz / ROWS) - slope * mean
+    return scale, slope, offset
 
 
 @triton.jit
 def conv_gradient(
-    g_base, h_base, row_scale_ptr, samples, at, ok, scale,
-    h_mean, h_scale, mean_dz, slope, TRAINING: tl.constexpr,
+    g_base, h_base, row_scale_ptr, samples, at, ok, zero, scale, slope, offset,
+    TRAINING: tl.constexpr,
 ):  # fmt: skip
-    """g [BLOCK_M, BLOCK_K] in fp32 at element offsets `at`, 0 where not ok, both of g's shape.
+    """g [BLOCK_M, BLOCK_K] at element offsets `at`, 0 where not ok, both of g's shape.
 
-    With h_base from dz at g_base; else scale (times row_scale[samples]) * dy.
+    With h_base from dz at g_base, in fp32; else dy as it is stored, or times row_scale[samples] in
+    fp32: a factor that all have is left to the product's own epilogue. zero: unknown_zero's.
     """
-    g = tl.load(g_base + at, mask=ok, other=0.0).to(tl.float32)
+    g = tl.load(g_base + at, mask=ok, other=0.0)
     if h_base is not None:
+        g = g.to(tl.float32) * scale[None, :]
         if TRAINING:
             h = tl.load(h_base + at, mask=ok, other=0.0).to(tl.float32)
-            g -= mean_dz[None, :] + (h - h_mean[None, :]) * slope[None, :]
-        g = tl.where(ok, g * h_scale[None, :], 0.0)
-    else:
-        g *= scale
-        if row_scale_ptr is not None:
-            g *= tl.load(row_scale_ptr + samples, mask=samples >= 0, other=0.0)[:, None]
+            g += h * slope[None, :] + offset[None, :]
+        g = tl.where(ok, g, zero)
+    elif row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + samples, mask=samples >= 0, other=0.0)
+        g = g.to(tl.float32) * row_scale[:, None]
     return g
 
 

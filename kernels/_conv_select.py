@@ -23,6 +23,7 @@ from ._conv import (
 from ._conv_gradient import Output, conv_gradient, lazy_norm
 from ._launch import launch
 from ._moments import sum_partials
+from ._normalize import unknown_zero
 from .meprop import sum_key
 
 NUM_WARPS = 4
@@ -61,7 +62,7 @@ def _store_order(
 def _norm_relu_conv2d_select_kernel(
     g_ptr, g_index_ptr, h_ptr, h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr,
     dh_weight_ptr, dh_bias_ptr, row_scale_ptr, partial_ptr, ticket_ptr, order_ptr,
-    M, CHUNK, H_ROWS, H_P, h_eps, scale, kept,
+    M, CHUNK, H_ROWS, H_P, h_eps, kept,
     K: tl.constexpr, S: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     ALL_K: tl.constexpr, ALL_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -73,10 +74,10 @@ def _norm_relu_conv2d_select_kernel(
     pid = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k_ok = k < K
-    h_mean = tl.zeros([BLOCK_K], tl.float32)
-    h_scale, mean_dz, slope = h_mean, h_mean, h_mean
+    h_scale = tl.zeros([BLOCK_K], tl.float32)
+    h_slope, h_offset = h_scale, h_scale
     if h_ptr is not None:
-        h_mean, h_scale, mean_dz, slope = lazy_norm(
+        h_scale, h_slope, h_offset = lazy_norm(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, dh_weight_ptr, dh_bias_ptr,
             k, k_ok, H_ROWS, K, H_P, h_eps, pid == 0, TRAINING, BLOCK_P,
         )  # fmt: skip
@@ -92,7 +93,7 @@ def _norm_relu_conv2d_select_kernel(
         g_ok = (samples >= 0)[:, None] & k_ok[None, :]
         g = conv_gradient(
             g_base, h_base, row_scale_ptr, samples, (g_samples + s * K)[:, None] + k[None, :],
-            g_ok, scale, h_mean, h_scale, mean_dz, slope, TRAINING,
+            g_ok, unknown_zero(h_eps, g_ptr.dtype.element_ty), h_scale, h_slope, h_offset, TRAINING,
         )  # fmt: skip
         total += tl.sum(tl.abs(operand(g, g_ptr.dtype.element_ty).to(tl.float32)), 0)
     tl.store(partial_ptr + pid * K + k, total, mask=k_ok)
@@ -122,7 +123,7 @@ def select(out: Output, kept: int, samples: int) -> Output:
     launch(
         _norm_relu_conv2d_select_kernel, (cut.P, columns),
         *out.tensors, out.dweight, out.dbias, out.row_scale, partial, ticket, order,
-        cut.M, cut.chunk, rows, partials, eps, out.scale, kept,
+        cut.M, cut.chunk, rows, partials, eps, kept,
         K=K, S=OH * OW, TRAINING=out.training,
         BLOCK_M=cut.BLOCK_M, BLOCK_K=block, BLOCK_P=BLOCK_P,
         ALL_K=everything, ALL_P=max(4096 // everything, 1), BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,

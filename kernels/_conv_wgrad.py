@@ -25,7 +25,7 @@ from ._conv import (
 )
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
 from ._launch import launch
-from ._normalize import normalized, rstd_of, scale_and_bias
+from ._normalize import normalized, rstd_of, scale_and_bias, unknown_zero
 
 NUM_WARPS = 4
 # Programs of a launch; and channels of a block: narrow, so that a slab has few chunks. Not tuned.
@@ -83,13 +83,14 @@ def _norm_relu_conv2d_wgrad_kernel(
     mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(tl.float32)
     a_scale, a_bias = scale_and_bias(norm_weight_ptr, norm_bias_ptr, rstd_of(var, eps), c, c_ok)
-    h_mean = tl.zeros([BLOCK_K], tl.float32)
-    h_scale, mean_dz, slope = h_mean, h_mean, h_mean
+    h_scale = tl.zeros([BLOCK_K], tl.float32)
+    h_slope, h_offset = h_scale, h_scale
     if h_ptr is not None:
-        h_mean, h_scale, mean_dz, slope = lazy_norm(
+        h_scale, h_slope, h_offset = lazy_norm(
             h_partial_ptr, h_mean_ptr, h_var_ptr, h_weight_ptr, None, None,
             k, k_ok, H_ROWS, K, H_P, h_eps, False, TRAINING, BLOCK_P,
         )  # fmt: skip
+    zero = unknown_zero(eps, dtype)
     acc = tl.zeros([LANES, BLOCK_K], tl.float32)
     if SUBSET:
         M, CHUNK = tl.where(projection, SHORTCUT_M, M), tl.where(projection, SHORTCUT_CHUNK, CHUNK)
@@ -114,12 +115,13 @@ def _norm_relu_conv2d_wgrad_kernel(
         g_ok = (samples >= 0)[:, None] & k_ok[None, :]
         if PROJECTS and projection:
             base, _ = samples_at(dshortcut_ptr, None, first, n, ok, S * K)
-            g = tl.load(base + at, mask=g_ok, other=0.0).to(tl.float32)
+            g = operand(tl.load(base + at, mask=g_ok, other=0.0), dtype)
         else:
             g = conv_gradient(
-                g_base, h_base, row_scale_ptr, samples, at, g_ok, scale,
-                h_mean, h_scale, mean_dz, slope, TRAINING,
+                g_base, h_base, row_scale_ptr, samples, at, g_ok, zero,
+                h_scale, h_slope, h_offset, TRAINING,
             )  # fmt: skip
+            g = operand(g, dtype)
         if not SUBSET:
             x_base, x_samples = samples_at(x_ptr, x_index_ptr, first, n, ok, H * W * C)
         in_y = out_y * STRIDE + (tap_row - PAD)
@@ -129,8 +131,8 @@ def _norm_relu_conv2d_wgrad_kernel(
         at = x_samples + (in_y * W + out_x * STRIDE) * C
         at = at[:, None] + ((tap - PAD) * C + c)[None, :]
         x = tl.load(x_base + at, mask=inside, other=0.0)
-        a = operand(normalized(x, mean, a_scale, a_bias, inside), dtype)
-        acc = product(tl.trans(a), operand(g, dtype), acc)
+        a = operand(normalized(x, mean, a_scale, a_bias, inside, zero), dtype)
+        acc = product(tl.trans(a), g, acc)
     row = pid.to(tl.int64) * slab_stride
     stored = c_ok[:, None] & (places < K)[None, :]
     if PROJECTS and projection:
@@ -138,7 +140,7 @@ def _norm_relu_conv2d_wgrad_kernel(
         tl.store(shortcut_slab_ptr + row + at, acc, mask=stored)
     else:
         at = (tap * weight_stride_w + c * weight_stride_c)[:, None] + k[None, :] * weight_stride_k
-        tl.store(slab_ptr + row + tap_row * weight_stride_h + at, acc, mask=stored)
+        tl.store(slab_ptr + row + tap_row * weight_stride_h + at, acc * scale, mask=stored)
 
 
 def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:

@@ -47,7 +47,21 @@ def batch_stats(
 
 
 @triton.jit
-def normalized(x, mean, scale, bias, inside):
-    """relu((x - mean) * scale + bias) of a tile in fp32, and 0 outside the image."""
+def unknown_zero(v, DTYPE: tl.constexpr):
+    """0.0, of a finite scalar v, for a mask over fp32 numbers that are then rounded to DTYPE.
+
+    Of a constant the compiler knows that it can be selected after the rounding as well, and does:
+    it takes apart what it rounded in pairs, selects one half at a time, and packs them anew.
+    """
+    if DTYPE == tl.float32:
+        return 0.0
+    else:
+        return v - v
+
+
+@triton.jit
+def normalized(x, mean, scale, bias, inside, outside):
+    """relu((x - mean) * scale + bias) of a tile in fp32; outside of the image `outside`, a zero."""
     z = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
-    return tl.where(inside & passes(z), z, 0.0)
+    # In this order the rounding to a half that follows on a GPU is the ReLU, too.
+    return tl.maximum(tl.where(inside, z, outside), 0.0, propagate_nan=tl.PropagateNan.ALL)

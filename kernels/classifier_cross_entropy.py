@@ -22,7 +22,7 @@ from ._conv import BLOCK_P, block_of
 from ._conv_gradient import lazy_norm
 from ._launch import launch
 from ._moments import Moments, stats_of
-from ._normalize import batch_stats, normalized, passes, rstd_of, scale_and_bias
+from ._normalize import batch_stats, passes, rstd_of, scale_and_bias
 from .norm_relu_conv2d import batch_moments, empty_like_or_none, given_stats, or_empty, outputs
 from .preact_unit import moments_chunk
 
@@ -89,14 +89,16 @@ def _classifier_cross_entropy_fwd_kernel(
             ok = (s < S)[:, None] & c_ok[None, :]
             at = s[:, None] * C + c[None, :]
             x = tl.load(x_ptr + sample * (S * C) + at, mask=ok, other=0.0)
-            a = normalized(x, mean, a_scale, a_bias, ok)
+            x = x.to(tl.float32) - mean[None, :]
+            z = x * a_scale[None, :] + a_bias[None, :]
+            kept = passes(z) & ok
             # As the tensor that it replaces would be stored.
-            pooled += tl.sum(a.to(dtype).to(tl.float32), 0)
+            pooled += tl.sum(tl.where(kept, z, 0.0).to(dtype).to(tl.float32), 0)
             if GRADIENT:
-                kept = (passes(a) & ok).to(tl.float32)
+                kept = kept.to(tl.float32)
                 passed += tl.sum(kept, 0)
                 # Times 0, so that an infinite x makes a NaN where ReLU stopped it, as in PyTorch.
-                spread += tl.sum((x.to(tl.float32) - mean[None, :]) * kept, 0)
+                spread += tl.sum(x * kept, 0)
         pooled /= S
         logits = bias
         for k_start in tl.range(0, K, STEP, num_stages=1):
@@ -193,11 +195,14 @@ def _classifier_cross_entropy_bwd_kernel(
         chunk = pid // columns
         c = pid % columns * BLOCK_C + tl.arange(0, BLOCK_C)
         c_ok = c < C
-        mean, scale, mean_dz, slope = lazy_norm(
+        mean = tl.load(mean_ptr + c, mask=c_ok, other=0.0)
+        scale, slope, offset = lazy_norm(
             sums_ptr, mean_ptr, var_ptr, norm_weight_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
             c, c_ok, ROWS, C, P, eps, chunk == 0, TRAINING, BLOCK_P, dloss_ptr,
         )  # fmt: skip
         _, bias = scale_and_bias(None, norm_bias_ptr, scale, c, c_ok)
+        # x is centred here for the ReLU's mask.
+        offset += slope * mean
         end = tl.minimum((chunk + 1) * CHUNK, N)
         for n in tl.range(chunk * CHUNK, end, num_stages=1):
             sample = tl.cast(n, tl.int64)
@@ -209,10 +214,9 @@ def _classifier_cross_entropy_bwd_kernel(
                 at = s[:, None] * C + c[None, :]
                 x = tl.load(x_ptr + base + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]
                 kept = passes(x * scale[None, :] + bias[None, :])
-                dx = tl.where(kept, da[None, :], 0.0)
+                dx = tl.where(kept, (da * scale + offset)[None, :], offset[None, :])
                 if TRAINING:
-                    dx -= mean_dz[None, :] + x * slope[None, :]
-                dx *= scale[None, :]
+                    dx += x * slope[None, :]
                 tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
     else:
         classifier_gradient(

@@ -31,17 +31,17 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "tl.load(x_ptr + at, mask=ok, other=0.0)",
         CASE,
     ),
-    "pixels past the end pass": (
+    "pixels past the end pass": (_FILE, "kept = passes(z) & ok", "kept = passes(z)", CASE),
+    "what ReLU stopped passes": (
         _FILE,
-        "kept = (passes(a) & ok)",
-        "kept = ((a * 0 + 1) != 0)",
+        "kept = kept.to(tl.float32)",
+        "kept = ok.to(tl.float32)",
         CASE,
     ),
-    "what ReLU stopped passes": (_FILE, "kept = (passes(a) & ok)", "kept = ((a == a) & ok)", CASE),
     "the sums are of dz * x": (
         _FILE,
-        "tl.sum((x.to(tl.float32) - mean[None, :]) * kept, 0)",
-        "tl.sum(x.to(tl.float32) * kept, 0)",
+        "tl.sum(x * kept, 0)",
+        "tl.sum((x + mean[None, :]) * kept, 0)",
         CASE,
     ),
     "the logits miss a block of classes": (
@@ -145,14 +145,15 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "dx is not centred": (
         _FILE,
-        "dx -= mean_dz[None, :] + x * slope[None, :]",
-        "dx -= x * slope[None, :]",
+        "(da * scale + offset)[None, :], offset[None, :])",
+        "(da * scale)[None, :], 0.0)",
         CASE,
     ),
-    "dx has no slope": (
+    "dx has no slope": (_FILE, "dx += x * slope[None, :]", "dx += x * 0.0", CASE),
+    "dx's offset is not x's, which is centred": (
         _FILE,
-        "dx -= mean_dz[None, :] + x * slope[None, :]",
-        "dx -= mean_dz[None, :]",
+        "offset += slope * mean",
+        "offset += 0.0 * mean",
         CASE,
     ),
     "dx's columns are all the first": (

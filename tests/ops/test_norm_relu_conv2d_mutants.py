@@ -12,6 +12,7 @@ CASE = Case(shape=(3, 16, 5, 5), K=16, row_scale=True, seed=2)
 TILES = Case(shape=(4, 16, 7, 6), K=16)
 BLOCKS = Case(shape=(2, 32, 3, 4))
 STRIDED = Case(shape=(2, 16, 5, 6), K=16, stride=2)
+SCALED = Case(shape=(3, 16, 5, 5), K=16, scale=0.5)
 
 # File, the text to replace (once in the file), what takes its place, and the case that tells.
 MUTANTS: dict[str, tuple[str, str, str, Case]] = {
@@ -29,8 +30,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the zeros around the image are normalised": (
         "_normalize",
-        "return tl.where(inside & passes(z), z, 0.0)",
-        "return tl.where(passes(z), z, 0.0)",
+        "tl.maximum(tl.where(inside, z, outside), 0.0,",
+        "tl.maximum(z, 0.0,",
         CASE,
     ),
     "the forward's first sample is always the first": (
@@ -95,14 +96,20 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "BatchNorm's backward has no slope": (
         "_conv_gradient",
-        "slope = rstd * rstd * (sum_dzh / ROWS)",
-        "slope = 0.0 * mean_dz",
+        "slope = -scale * (rstd * rstd * (sum_dzh / ROWS))",
+        "slope = 0.0 * scale",
         CASE,
     ),
     "the mean of dz is its sum": (
         "_conv_gradient",
-        "mean_dz = sum_dz / ROWS",
-        "mean_dz = sum_dz",
+        "offset = -scale * (sum_dz / ROWS)",
+        "offset = -scale * sum_dz",
+        CASE,
+    ),
+    "the slope goes by h, the offset by h - mean": (
+        "_conv_gradient",
+        " - slope * mean",
+        "",
         CASE,
     ),
     "the norm's dweight is not normalised": (
@@ -117,6 +124,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "*out.tensors, out.dweight, out.dbias, None, out.order, weight,",
         CASE,
     ),
+    "the dgrad forgets scale": ("_conv_dgrad", "acc * scale + 0.0", "acc + 0.0", SCALED),
+    "the wgrad forgets scale": ("_conv_wgrad", "acc * scale", "acc", SCALED),
     "the wgrad forgets row_scale": (
         "_conv_wgrad",
         "*out.tensors, out.row_scale, out.order,",
@@ -131,8 +140,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the wgrad keeps its last tile alone": (
         "_conv_wgrad",
-        "acc = product(tl.trans(a), operand(g, dtype), acc)",
-        "acc = product(tl.trans(a), operand(g, dtype), tl.zeros_like(acc))",
+        "acc = product(tl.trans(a), g, acc)",
+        "acc = product(tl.trans(a), g, tl.zeros_like(acc))",
         TILES,
     ),
 }
@@ -158,8 +167,8 @@ MUTANTS |= {
     ),
     "both gradients: the weight's is of what ReLU stopped": (
         BOTH,
-        "operand(tl.where(kept, z, 0.0), dtype)",
-        "operand(tl.where(mc_ok, z, 0.0), dtype)",
+        "operand(tl.where(kept, z, zero), dtype)",
+        "operand(tl.where(mc_ok, z, zero), dtype)",
         CASE,
     ),
     "both gradients: the weight's is the last tile's alone": (
@@ -170,8 +179,8 @@ MUTANTS |= {
     ),
     "both gradients: the weight's rows of taps are exchanged": (
         BOTH,
-        "tl.store(slab_ptrs + weight_stride_h, dweight1, mask=slab_ok)",
-        "tl.store(slab_ptrs + weight_stride_h, dweight0, mask=slab_ok)",
+        "tl.store(slab_ptrs + weight_stride_h, dweight1 * scale, mask=slab_ok)",
+        "tl.store(slab_ptrs + weight_stride_h, dweight0 * scale, mask=slab_ok)",
         CASE,
     ),
     "both gradients: the sum is of dz * z": (
@@ -180,6 +189,8 @@ MUTANTS |= {
         "tl.where(mc_ok, dz * z, 0.0)",
         CASE,
     ),
+    "both gradients: the input's forgets scale": (BOTH, "acc *= scale", "acc *= 1.0", SCALED),
+    "both gradients: the weight's forgets scale": (BOTH, "dweight2 * scale", "dweight2", SCALED),
     "both gradients forget row_scale": (
         BOTH,
         "out.dweight, out.dbias, out.row_scale, weight,",

@@ -59,8 +59,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "BatchNorm's backward is applied outside the image": (
         "_conv_gradient",
-        "g = tl.where(ok, g * h_scale[None, :], 0.0)",
-        "g = g * h_scale[None, :]",
+        "g = tl.where(ok, g, zero)",
+        "g = g",
         CASE,
     ),
     "the weights' gradients overlap": (
@@ -144,8 +144,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "BatchNorm's backward reaches samples that took no branch": (
         "_conv_dx",
-        "dx = tl.where(dz_ok, dx * scale[None, :], 0.0)",
-        "dx = dx * scale[None, :]",
+        "dx = tl.where(dz_ok, dx, 0.0)",
+        "dx = dx",
         PICKED,
     ),
     "the shortcut's gradient is lost": (
