@@ -212,20 +212,31 @@ def survival(run: Setting) -> list[Recipe]:
 
 
 def meprop_ratio(run: Setting) -> list[Recipe]:
-    """Share of the channels that meProp keeps, by width; 1 is dense.
+    """Share of dy kept by meProp, width and mode: channels, or values of each image; 1 is dense.
 
     What its backward takes alone is measured by benchmarks/bench_meprop_conv2d.py.
     """
-    return [
+    dense = [
         Recipe(
-            f"meprop_{width}_{share}",
-            f"Fused, width {width}, meProp keeps {share} %",
-            fused(run) | {"width": width} | ({} if share == 100 else {"meprop_ratio": share / 100}),
+            f"meprop_{width}_100",
+            f"Fused, width {width}, meProp keeps 100 %",
+            fused(run) | {"width": width},
             series=f"width {width}",
-            x=share / 100,
+            x=1.0,
         )
         for width in (16, 64, 256)
-        for share in (5, 10, 25, 50, 100)
+    ]
+    return dense + [
+        Recipe(
+            f"meprop_{prefix}{width}_{share}",
+            f"Fused, width {width}, meProp{suffix} keeps {share} %",
+            fused(run) | {"width": width, "meprop_ratio": share / 100, "meprop_mode": mode},
+            series=f"width {width}{suffix}",
+            x=share / 100,
+        )
+        for mode, prefix, suffix in (("unified", "", ""), ("row", "row_", " by row"))
+        for width in (16, 64, 256)
+        for share in (5, 10, 25, 50)
     ]
 
 

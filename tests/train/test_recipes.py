@@ -1,5 +1,6 @@
 """What each row trains, without training it."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,10 @@ def test_the_sweeps_span_the_reports() -> None:
         assert recipe.changes.get("drop_prob", 0.0) == pytest.approx(1 - recipe.x)
     ratios = SWEEPS["meprop-ratio"](FULL)
     assert min(r.x for r in ratios) == 0.05 and max(r.x for r in ratios) == 1
-    assert {r.changes["width"] for r in ratios} == {16, 64, 256}
+    sparse = [r for r in ratios if r.x < 1]
+    measured = {(r.changes["meprop_mode"], r.changes["width"], r.x) for r in sparse}
+    assert measured == set(product(("unified", "row"), (16, 64, 256), (0.05, 0.1, 0.25, 0.5)))
+    assert len(measured) == len(sparse)
     rates = SWEEPS["optimizer"](FULL)
     usual = {r.series: Config(optimizer=r.changes["optimizer"]).lr for r in rates}
     for name, lr in usual.items():
