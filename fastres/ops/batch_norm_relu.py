@@ -318,6 +318,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 
     Where a pre-activation unit reads `relu(bn(x))`, or a post-activation one
     `relu(bn(x) + shortcut)`, this is the whole expression.
+
+    nn.SyncBatchNorm.convert_sync_batchnorm puts a BatchNorm without the ReLU in its place: take
+    PreActUnit's process_group, or PyTorch's own BatchNorm and ReLU, for synchronised statistics.
     """
 
     def forward(
