@@ -6,7 +6,8 @@ sent to the device, from pinned memory, so that nothing waits.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -25,10 +26,10 @@ FP16 = tl.constexpr(1)
 BF16 = tl.constexpr(2)
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Pinned numbers that captured copies start from. A graph reads them, and the tables that it was
-# captured with, at every replay: neither is ever given back.
+# Pinned numbers that captured copies start from, the last slab being the one in use. A graph reads
+# them, and the tables that it was captured with, at every replay: neither is ever given back.
 SLAB = 1 << 17
-_slab: list[torch.Tensor] = []
+_slabs: list[torch.Tensor] = []
 _slab_used = 0
 _captured: list[torch.Tensor] = []
 
@@ -95,8 +96,6 @@ def _send(numbers: Sequence[object], device: torch.device) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64).to(device)
     if _capturing(device):
         return _send_captured(torch.tensor(numbers, dtype=torch.int64), device)
-    if not _slab:
-        _slab.append(torch.empty(SLAB, dtype=torch.int64, pin_memory=True))
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
     return host.to(device, non_blocking=True)
 
@@ -105,15 +104,35 @@ def _send_captured(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The same for a graph: from pinned memory that is there, since capture forbids to pin more."""
     global _slab_used
     end = _slab_used + numbers.numel()
-    if not _slab or end > SLAB:
+    if not _slabs or end > SLAB:
         raise RuntimeError(
             "a CUDA graph captures this op only after a step outside of capture, and as long as "
-            f"its tables fit: {end} of {SLAB if _slab else 0} numbers"
+            f"its tables fit: {end} of {SLAB if _slabs else 0} numbers"
         )
-    host = _slab[0][_slab_used:end].view(numbers.shape).copy_(numbers)
+    host = _slabs[-1][_slab_used:end].view(numbers.shape).copy_(numbers)
     _slab_used = end
     _captured.append(host.to(device, non_blocking=True))
     return _captured[-1]
+
+
+def _leave_room() -> None:
+    """See that the next capture, which cannot pin memory, finds half a slab: many steps' tables."""
+    global _slab_used
+    if not _slabs or 2 * _slab_used > SLAB:
+        _slabs.append(torch.empty(SLAB, dtype=torch.int64, pin_memory=True))
+        _slab_used = 0
+
+
+def _sender(cached: Callable[..., torch.Tensor], device: torch.device) -> Any:
+    """What sends a table: kept for the next step that asks for it, outside of capture.
+
+    What a graph's capture sends is there from its first replay on, and nobody else's.
+    """
+    if _capturing(device):
+        return cached.__wrapped__  # type: ignore[attr-defined]  # of lru_cache
+    if device.type == "cuda":
+        _leave_room()
+    return cached
 
 
 def _capturing(device: torch.device) -> bool:
@@ -130,15 +149,12 @@ def table(tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch
     if device.type == "meta":
         return torch.empty(len(tensors), dtype=torch.int64, device=device)
     addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    # What a graph's capture sends is there from its first replay on, and nobody else's.
-    send = _table.__wrapped__ if _capturing(device) else _table
-    return send(addresses, device, _stream(device))
+    return _sender(_table, device)(addresses, device, _stream(device))
 
 
 def numbers(several: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int64 numbers on the device, sent once: of shapes and settings, which no step changes."""
-    send = _numbers.__wrapped__ if _capturing(device) else _numbers
-    return send(several, device, _stream(device))
+    return _sender(_numbers, device)(several, device, _stream(device))
 
 
 @functools.lru_cache(KEPT)
@@ -159,8 +175,7 @@ def blocks(
     fourth, fifth: a number for each tensor, which its rows end with.
     """
     key = tuple(sizes), tuple(fourth), tuple(fifth), BLOCK
-    send = _blocks.__wrapped__ if _capturing(device) else _blocks
-    return send(*key, device, _stream(device))
+    return _sender(_blocks, device)(*key, device, _stream(device))
 
 
 @functools.lru_cache(KEPT)

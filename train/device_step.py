@@ -71,10 +71,9 @@ class DeviceStep:
         self._trainer = trainer
         self._number = 0  # of the run's steps, as `_step` has it on the device
         steps = config.epochs * trainer.steps_per_epoch
-        # In fp64, as a host's float is.
-        rates = [trainer.lr_of(step) for step in range(steps)]
-        self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
-        self._lr = torch.zeros((), dtype=torch.float64, device=device)
+        rates = [trainer.fp32_lr_of(step) for step in range(steps)]
+        self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
+        self._lr = torch.zeros((), dtype=torch.float32, device=device)
         self._epoch = torch.zeros((), dtype=torch.int64, device=device)
         # The step of the run and of the epoch, and of this process's share of its batch the places
         # in the epoch's order; all go on at once.
@@ -107,7 +106,7 @@ class DeviceStep:
     def end_epoch(self) -> None:
         """Leave the optimizer with the learning rate of its last step, a number as elsewhere."""
         for group in self._trainer.optimizer.param_groups:
-            group["lr"] = self._trainer.lr_of(self._number - 1)
+            group["lr"] = self._trainer.fp32_lr_of(self._number - 1)
 
     def __call__(self) -> None:
         self.decide()

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 
 def lr_factor(
     step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, schedule: str
@@ -23,6 +25,15 @@ def lr_factor(
     # In tenths of all steps, as integers: 0.4 * epochs would not be exact.
     tenths = 10 * step / (epochs * steps_per_epoch)
     return 0.1 ** ((tenths >= 4) + (tenths >= 8))
+
+
+def to_fp32(lr: float) -> float:
+    """A learning rate as an fp32 number.
+
+    PyTorch's fused optimizers read one that is a tensor on a GPU as fp32, but take one of the
+    host's as fp64: rounded, it is the same number to both.
+    """
+    return float(np.float32(lr))
 
 
 def meprop_is_dense(epoch: int, *, warmup_epochs: int, dense_every: int | None) -> bool:

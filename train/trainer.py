@@ -19,7 +19,7 @@ from micro_batches import MicroBatches
 from networks import build_model, defers_statistics, to_half
 from optimizers import build_optimizer, in_model_order
 from records import Progress, Record
-from schedule import lr_factor, meprop_is_dense
+from schedule import lr_factor, meprop_is_dense, to_fp32
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from workers import Workers
@@ -199,7 +199,7 @@ class Trainer(ImageView):
         """
         with self.phase("step"):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr_of(step)
+                group["lr"] = self.fp32_lr_of(step)
             self.drops.set_step(step)
             return self.update(index, step // self.steps_per_epoch)
 
@@ -213,6 +213,10 @@ class Trainer(ImageView):
             warmup_epochs=config.warmup_epochs,
             schedule=config.schedule,
         )
+
+    def fp32_lr_of(self, step: int) -> float:
+        """The same as an optimizer is given it, on the host as in a graph."""
+        return to_fp32(self.lr_of(step))
 
     def update(self, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """What train_step does once the learning rate and the draws' step are set.
@@ -349,7 +353,8 @@ class Trainer(ImageView):
         """Accuracy in % in eval mode, every image counted once whatever the number of processes."""
         self.model.eval()
         rank, world_size = self.workers.rank, self.workers.world_size
-        mine = torch.arange(len(images), device=self.workers.device)[rank::world_size]
+        # Contiguous, as a graph's copy of it is: kernels are built anew for another stride.
+        mine = torch.arange(len(images), device=self.workers.device)[rank::world_size].contiguous()
         correct = torch.zeros((), dtype=torch.int64, device=self.workers.device)
         for index in mine.split(_EVAL_BATCH):
             correct += self.count_correct(images, index)

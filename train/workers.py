@@ -1,6 +1,7 @@
 """The processes of a run: one, or those that torchrun started."""
 
 import datetime
+import gc
 import os
 import resource
 import sys
@@ -101,6 +102,8 @@ class Workers:
     def leave(self) -> None:
         """Part from the other processes; nothing collective may follow."""
         if dist.is_initialized():
+            # NCCL waits until no CUDA graph holds its collectives; a run leaves them in cycles.
+            gc.collect()
             dist.destroy_process_group()
 
     @property

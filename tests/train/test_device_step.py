@@ -115,6 +115,22 @@ def test_the_same_calls_go_from_step_to_step() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_learning_rate_is_one_fp32_number_to_both() -> None:
+    """PyTorch's fused optimizers read a tensor on a GPU as fp32, and a float as fp64."""
+    trainer = trainer_of([*CPU, "--lr", "0.1", "--schedule", "cosine"], "cpu")
+    trainer.network.train()
+    step = DeviceStep(trainer)
+    step.begin_epoch(0)
+    (group,) = trainer.optimizer.param_groups
+    for i, index in enumerate(trainer.batches(0)):
+        step()
+        on_device = group["lr"]
+        assert on_device.dtype == torch.float32
+        trainer.train_step(index, i)
+        assert type(group["lr"]) is float and group["lr"] == float(on_device)
+        group["lr"] = on_device
+
+
 def test_a_count_of_right_answers_reads_nothing_on_the_host() -> None:
     trainer = trainer_of(CPU, "cpu")
     trainer.model.eval()
@@ -207,7 +223,9 @@ def test_a_replay_is_one_launch() -> None:
     step.begin_epoch(0)
     for _ in range(3):
         step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
         step()
+        torch.cuda.synchronize()
     launches = [e.name for e in seen.events() if "Launch" in e.name]
     assert launches == ["cudaGraphLaunch"]
