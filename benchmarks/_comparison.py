@@ -18,7 +18,7 @@ import torch
 import torch._functorch.config
 from _program import finish, parser
 from _results import Row, WrongResult, measured, without_speed
-from _sheet import Sheet
+from _sheet import LEFT_OUT, Sheet
 from _timing import Timing, copy_bandwidth, speed, time_graph, time_op, time_wall
 
 Op = Callable[..., Any]
@@ -34,7 +34,7 @@ AUTOTUNE = "max-autotune-no-cudagraphs"
 COMPILED = {"compile": "default", f"compile {AUTOTUNE}": AUTOTUNE}
 
 # Seconds that the first case must have left; from then on as many as the longest case took.
-_FIRST_CASE = 10.0
+_FIRST_CASE = 4.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def compare(
     seconds: of timing, a figure.
     """
     return run_cases(
-        device, cases, seconds, sheet, lambda case, roof: _rows(case, device, roof, seconds)
+        device, cases, seconds, sheet, lambda case, roof: _rows(case, device, roof, seconds, sheet)
     )
 
 
@@ -108,7 +108,8 @@ def run_cases(
     longest = _FIRST_CASE
     # A graph is walked back more than once here, and fp32 is fp32.
     with torch._functorch.config.patch(donated_buffer=False), _exact_fp32():
-        for case in cases:
+        # What has failed before may fail again, and take the time of what is new.
+        for case in sorted(cases, key=lambda case: sheet.has_failed(case.about)):
             if sheet.known(case.about) or not sheet.has(longest, case.about, words(case.about)):
                 continue
             started = perf_counter()
@@ -148,12 +149,21 @@ def made(case: Case) -> tuple[Any, Row]:
     return (works[0] if works else None), row
 
 
-def _rows(case: Case, device: torch.device, roof: float, seconds: float) -> list[Row]:
+def wanted(
+    providers: Mapping[str, Op], about: Row, sheet: Sheet
+) -> tuple[dict[str, Op], list[Row]]:
+    """The providers to compare, and a row for each that the command line leaves out."""
+    out = [] if sheet.autotunes else [name for name in providers if AUTOTUNE in name]
+    rows = [{"provider": name} | about | {"not_measured": LEFT_OUT} for name in out]
+    return {name: op for name, op in providers.items() if name not in out}, rows
+
+
+def _rows(case: Case, device: torch.device, roof: float, seconds: float, sheet: Sheet) -> list[Row]:
     work, row = made(case)
     if work is None:
         return [row]
-    rows: list[Row] = []
-    for name, op in work.providers.items():
+    providers, rows = wanted(work.providers, case.about, sheet)
+    for name, op in providers.items():
         rows += _provider_rows({"provider": name} | case.about, work, op, device, roof, seconds)
     return rows
 
@@ -259,7 +269,12 @@ def run_program(
         "--sweep", choices=SWEEPS, default="stages",
         help="shapes of the ResNet's stages, or every axis around one base shape",
     )  # fmt: skip
+    options.add_argument(
+        "--no-autotune", action="store_true",
+        help="without the peers of max-autotune, which compile for most of a minute a case",
+    )  # fmt: skip
     args = options.parse_args()
     sheet = Sheet.open(benchmark, args)
+    sheet.autotunes = not args.no_autotune
     found = bench(args.device, args.small, args.seconds, args.sweep, sheet)
     return finish(benchmark, args, {"sweep": args.sweep} | found)

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _comparison import Case, compiled, made, row_text, run_cases
+from _comparison import Case, compiled, made, row_text, run_cases, wanted
 from _results import Row, WrongResult, measured
 from _sheet import Sheet
 from _timing import Timing, percentiles, speed, time_op
@@ -58,20 +58,24 @@ def time_ratios(
     ratios = (1.0, 1 / 4) if small else RATIOS
     return run_cases(
         device, cases, seconds, sheet,
-        lambda case, roof: _rows(case, ratios, device, seconds, roof),
+        lambda case, roof: _rows(case, ratios, device, seconds, roof, sheet),
     )  # fmt: skip
 
 
 def _rows(
-    case: Case, ratios: tuple[float, ...], device: torch.device, seconds: float, roof: float
+    case: Case,
+    ratios: tuple[float, ...],
+    device: torch.device,
+    seconds: float,
+    roof: float,
+    sheet: Sheet,
 ) -> list[Row]:
     layer, row = made(case)
     if layer is None:
         return [row]
-    rows: list[Row] = []
     abouts: list[Row] = []
     backwards: list[Callable[[], tuple[Tensor, ...]]] = []
-    dense = {"eager": layer.dense, **compiled(layer.dense)}
+    dense, rows = wanted({"eager": layer.dense, **compiled(layer.dense)}, case.about, sheet)
     chosen: list[tuple[str, Callable[..., Tensor], str, float]] = [
         (name, op, "dense", 1.0) for name, op in dense.items()
     ]

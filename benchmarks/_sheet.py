@@ -13,12 +13,17 @@ from _timing import Clock
 _MACHINE = ("gpu", "cpu", "threads", "python", "torch", "triton", "fastres", "cuda", "device")
 
 
+# Of a row that the command line did without, and another may ask for.
+LEFT_OUT = "left out"
+
+
 class Sheet:
     """Rows in the order in which they came, those of an earlier run among them.
 
     Attributes:
         clock: the time that is left to measure in.
         rows: what there is so far.
+        autotunes: whether the peers of max-autotune are measured too.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class Sheet:
         """path: the file that is written anew after every row, under head."""
         self.clock = clock or Clock()
         self.rows: list[Row] = []
+        self.autotunes = True
         self._path, self._head, self._earlier = path, head or {}, list(earlier)
 
     @classmethod
@@ -51,13 +57,19 @@ class Sheet:
 
     def known(self, about: Row) -> bool:
         """Whether an earlier run has measured what `about` says; its rows are then taken."""
-        found = [row for row in self._earlier if about.items() <= row.items()]
-        if not found or any(
-            "failed" in row or row.get("not_measured") == "out of time" for row in found
-        ):
+        found = self._found(about)
+        missing = ("out of time", LEFT_OUT) if self.autotunes else ("out of time",)
+        if not found or any("failed" in row or row.get("not_measured") in missing for row in found):
             return False
         self.add(found)
         return True
+
+    def has_failed(self, about: Row) -> bool:
+        """Whether it failed in an earlier run: what may fail again comes after what is new."""
+        return any("failed" in row for row in self._found(about))
+
+    def _found(self, about: Row) -> list[Row]:
+        return [row for row in self._earlier if about.items() <= row.items()]
 
     def has(self, seconds: float, about: Row, for_what: str) -> bool:
         """Whether there is time for a measurement; else its row says that there was none."""

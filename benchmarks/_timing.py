@@ -1,4 +1,4 @@
-"""How the benchmarks time: medians with their spread, by well-kept timers."""
+"""How the benchmarks time: medians with their spread."""
 
 import statistics
 import time
@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch.utils.benchmark import timer as waiting_clock
 
-# Fewer have no spread to speak of.
+# Fewer have no spread to speak of, more tell nothing new.
 _LEAST_REPEATS = 10
+_MOST_REPEATS = 1000
+# Bytes that no GPU's L2 cache holds beside anything else.
+_FLUSHED = 2**28
+# Of a GPU's clock in a second, for torch.cuda._sleep; a slower one waits the longer.
+_CYCLES = 2e9
 
 
 class Clock:
@@ -54,18 +59,42 @@ def percentiles(times_ms: Sequence[float]) -> Timing:
 def time_op(fn: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
     """Time one op. On a GPU by events around each call, the L2 cache flushed before it.
 
-    A call shorter than its own launch shows the launch: see time_graph for those.
+    There the GPU is kept waiting until the host has handed it the whole call, as where the host
+    runs ahead: what the host takes is no part of the figure, and shows in time_wall alone.
     """
     if device.type != "cuda":
         return time_wall(fn, seconds)
-    from triton.testing import do_bench
+    fn()  # what is built at the first call
+    wait = round(_CYCLES * (1.5 * max(_handing_over(fn) for _ in range(5)) + 5e-5))
+    flushed = torch.empty(_FLUSHED, dtype=torch.int8, device=device)
+    start = time.perf_counter()
+    _device_ms(fn, 3, flushed, wait)
+    each = (time.perf_counter() - start) / 3
+    n = min(max(round(seconds / each), _LEAST_REPEATS), _MOST_REPEATS)
+    _device_ms(fn, -(-n // 4), flushed, wait)
+    return percentiles(_device_ms(fn, n, flushed, wait))
 
-    warmup = max(int(250 * seconds), 1)
-    times_ms = do_bench(fn, warmup, rep=int(1000 * seconds), return_mode="all")
-    if len(times_ms) < _LEAST_REPEATS:
-        rep = int(1.2 * _LEAST_REPEATS * max(times_ms)) + 1
-        times_ms = do_bench(fn, warmup, rep=rep, return_mode="all")
-    return percentiles(times_ms)
+
+def _handing_over(fn: Callable[[], Any]) -> float:
+    """Seconds that a call takes on the host."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def _device_ms(fn: Callable[[], Any], n: int, flushed: torch.Tensor, wait: int) -> list[float]:
+    """Milliseconds of the device for each of n calls; wait: cycles before each."""
+    events = []
+    for _ in range(n):
+        flushed.zero_()
+        torch.cuda._sleep(wait)
+        events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        events[-1][0].record()
+        fn()
+        events[-1][1].record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def time_graph(fn: Callable[[], Any], seconds: float) -> Timing:

@@ -175,7 +175,7 @@ def _shapes(small: bool, sweep: str) -> Iterator[tuple[dict[str, int], bool]]:
         yield _BASE, True
         yield from ((sizes, False) for sizes in sweep_axes(_BASE, _AXES))
     else:
-        for N in (128, 1024):
+        for N in (1024, 128):
             # The last is a wide late layer of other networks.
             for C, H in ((16, 32), (32, 16), (64, 8), (512, 7)):
                 yield from (({"N": N, "C": C, "H": H}, residual) for residual in (False, True))

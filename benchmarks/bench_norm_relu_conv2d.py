@@ -97,10 +97,10 @@ def _shapes(small: bool, sweep: str) -> Iterator[dict[str, int]]:
     if small:
         yield conv(4, 16, 8, 16)
         return
-    for N in (128, 1024):
+    for N in (1024, 128):
         yield from (conv(N, C, H, C) for C, H in _STAGES)
     if sweep == "full":
-        for N in (128, 1024):
+        for N in (1024, 128):
             for C, H in _STAGES[:2]:
                 yield conv(N, C, H, 2 * C, stride=2)
                 yield conv(N, C, H, 2 * C, taps=1, stride=2)

@@ -129,10 +129,10 @@ def _shapes(small: bool, sweep: str) -> Iterator[dict[str, int]]:
     if small:
         yield {"N": 4, "C": 16, "H": 8, "stride": 1}
         return
-    for N in (128, 1024):
+    for N in (1024, 128):
         yield from ({"N": N, "C": C, "H": H, "stride": 1} for C, H in _STAGES)
     if sweep == "full":
-        for N in (128, 1024):
+        for N in (1024, 128):
             yield from ({"N": N, "C": C, "H": H, "stride": 2} for C, H in _STAGES[:2])
         for C, H in ((64, 56), (128, 28), (256, 14), (512, 7)):
             yield {"N": 64, "C": C, "H": H, "stride": 1}

@@ -83,10 +83,10 @@ def _shapes(small: bool, sweep: str) -> Iterator[tuple[str, dict[str, int]]]:
     if small:
         yield "NHWC", {"N": 4, "C": 3, "H": 8, "K": 16}
         return
-    for N in (128, 1024):
+    for N in (1024, 128):
         yield "NHWC", {"N": N, "C": 3, "H": 32, "K": 16}
     if sweep == "full":
-        for N in (128, 1024):
+        for N in (1024, 128):
             yield "NCHW", {"N": N, "C": 3, "H": 32, "K": 16}
             yield "NHWC", {"N": N, "C": 1, "H": 28, "K": 16}
             yield from (("NHWC", {"N": N, "C": 3, "H": 32, "K": K}) for K in (64, 128))

@@ -158,7 +158,7 @@ def _settings(small: bool, sweep: str) -> Iterator[tuple[str, dict[str, int], fl
             yield from ((layout, _BASE, p, mode) for p in (0.2, 0.8) for mode in _MODES)
     else:
         # The first stage of a ResNet on 32x32 images, at a small and a large batch.
-        for N in (128, 1024):
+        for N in (1024, 128):
             for mode in _MODES:
                 for p in (0.0, 0.2, 0.5, 0.8):
                     yield "NHWC", {"N": N, "C": 16, "H": 32}, p, mode

@@ -1,9 +1,10 @@
 """All there is to know of one GPU, by one command that begins nothing more after 7.5 minutes.
 
-python benchmarks/gpu_suite.py --out DIR             tests, ops, the step, trainings, profile
-python benchmarks/gpu_suite.py --out DIR             again: measures what the first one left out
-python benchmarks/gpu_suite.py --out DIR --full      every sweep too, without a limit of time
-python benchmarks/gpu_suite.py --small --out DIR     toy sizes, on a CPU too
+python benchmarks/gpu_suite.py --out DIR --part tests  first: that all is right on it
+python benchmarks/gpu_suite.py --out DIR               the step, ops, trainings, tests, profile
+python benchmarks/gpu_suite.py --out DIR               again: measures what the one before left out
+python benchmarks/gpu_suite.py --out DIR --full        every sweep too, without a limit of time
+python benchmarks/gpu_suite.py --small --out DIR       toy sizes, on a CPU too
 
 Each part is a program of its own, beside this one, and writes its own file of results to DIR, row
 by row: a part that fails, or leaves the GPU unusable, costs no other, and whatever stops the suite,
@@ -68,21 +69,23 @@ def parts(folder: Path | None) -> dict[str, Part]:
     grown = "--boost=--precision fp16"
     briefly = f"{grown} --train-size 5000 --unit-epochs 3 --epochs 10"
     sweep = ["--sweep", "full"]
+    # Peers that are autotuned compile for longer than all else takes: those are for --full.
+    brief = ["--no-autotune"]
     every = {
-        "tests": Part("gpu_tests.py", 100),
-        "step": Part("bench_step.py", 100, [], ["--sweep"]),
-        "batch_norm_relu": Part("bench_batch_norm_relu.py", 50, [], sweep),
+        "step": Part("bench_step.py", 170, [], ["--sweep"]),
+        "preact_unit": Part("bench_preact_unit.py", 50, brief, sweep),
+        "batch_norm_relu": Part("bench_batch_norm_relu.py", 30, brief, sweep),
         "training": Part("bench_training.py", 45, [*data, *some], [*data, *three]),
-        "step_cold": Part("bench_step.py", 25, ["--cold", "--repeats", "1"], ["--cold"]),
+        "step_cold": Part("bench_step.py", 60, ["--cold", "--repeats", "1"], ["--cold"]),
         "step_ratio": Part("bench_step.py", 10, ["--ratio", "15"], ["--ratio", "51"]),
+        "tests": Part("gpu_tests.py", 200),
         "profile_step": Part("profile_step.py", 15),
-        "stochastic_depth_unit": Part(
-            "bench_stochastic_depth_unit.py", 20, ["--seconds", "1"], sweep
-        ),
     }
-    every["preact_unit"] = Part("bench_preact_unit.py", 60, [], sweep)
-    every |= {op: Part(f"bench_{op}.py", 12, [], sweep) for op in _OPS}
+    every |= {op: Part(f"bench_{op}.py", 15, brief, sweep) for op in _OPS}
     every["meprop_mlp"] = Part("bench_meprop_mlp.py", 15, [], sweep)
+    every["stochastic_depth_unit"] = Part(
+        "bench_stochastic_depth_unit.py", 40, ["--seconds", "1"], sweep
+    )
     every["scaling"] = Part("bench_scaling.py", 15)
     every["boost"] = Part("bench_boost.py", 30, ["--seconds", "0.3"], [])
     every["boost_training"] = Part(
@@ -187,7 +190,8 @@ def measure_all(
             ran.setdefault(name, {"part": name, "not_measured": "out of time"})
             continue
         print(f"--- {name}", flush=True)
-        limit = clock.left(float("inf") if full else part.seconds)
+        # A part that is asked for alone has all of the time.
+        limit = clock.left(float("inf") if full or only == [name] else part.seconds)
         command = [sys.executable, "-u", str(_HERE / part.program), "--json", str(path), "--go-on"]
         command += [*part.usual, "--small"] if small else part.full if full else part.usual
         command += [] if limit == float("inf") else ["--minutes", f"{limit / 60:.3f}"]

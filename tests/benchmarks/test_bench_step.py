@@ -9,11 +9,13 @@ from typing import Any
 import bench_step
 import pytest
 import torch
+import trainer
 from _growth import exponents
 from _roofline import Ceilings, roofline, work
 from _sheet import Sheet
 from _timing import Clock
 from _training_step import make_step, providers, saved_bytes
+from device_step import DeviceStep
 from run_main import run_main
 
 from fastres.data import split, synthetic
@@ -112,6 +114,49 @@ def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench_step.bench(CPU, SIZES[:1], 0.01, Sheet(Clock(0.0)), "eager")["rows"]
     assert {row["not_measured"] for row in rows} == {"out of time"} and len(rows) == 2
     assert "not measured, 0 s are left" in capsys.readouterr().out
+
+
+def test_what_compiles_longest_and_what_has_failed_come_last() -> None:
+    """So that no size goes without the rest when the time runs out."""
+    cuda = torch.device("cuda")
+    names = list(providers(cuda))
+    failed = {"provider": names[0], "compiled": None, **SIZES[0], "failed": "RuntimeError: no"}
+    order = bench_step._in_order(cuda, SIZES, Sheet(earlier=[failed]))
+    assert len(order) == 2 * len(names)
+    assert order[-1] == (names[0], None, SIZES[0])
+    modes = [mode for _, mode, _ in order[:-1]]
+    assert modes[-2:] == ["max-autotune"] * 2 and modes.count(None) == modes.index("default")
+    assert {name for name, mode, _ in order[: modes.index("default")]} >= {
+        "fused units graph fp16 channels_last", "eager fp16 channels_last",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in providers(torch.device("cuda")) if " graph " in name]
+)
+def test_a_graphed_provider_steps_through_its_epochs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same calls without a graph, which needs a GPU; what compiles is left uncompiled."""
+    monkeypatch.setattr(trainer, "GraphedStep", DeviceStep)
+    settings = providers(torch.device("cuda"))[name][0] | {"batch_size": 8, "precision": "fp32"}
+    data = split(synthetic(16, 20))
+    step = make_step(CPU, data, settings, None, depth=8, width=4)
+    losses = [step() for _ in range(5)]
+    assert all(loss.shape == () for loss in losses)
+    # Two steps an epoch; what the first one found was overwritten by the third and the fifth.
+    assert step.trainer.losses.each.tolist() == [float(losses[4]), float(losses[3])]
+    assert 0 < float(step()) < 10
+
+
+def test_a_profiler_that_fails_costs_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(step: Any) -> Any:
+        raise RuntimeError("CUPTI is not to be had")
+
+    monkeypatch.setattr(bench_step, "needs", broken)
+    (row,) = bench_step.bench(CPU, SIZES[:1], 0.01, Sheet(), "eager fp32 channels_last")["rows"]
+    assert row["images_per_second"] > 0 and "failed" not in row
+    assert row["needs_failed"] == "RuntimeError: CUPTI is not to be had"
 
 
 def test_an_unknown_provider_is_named() -> None:

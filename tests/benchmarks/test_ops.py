@@ -142,6 +142,34 @@ def test_a_provider_that_fails_costs_only_its_own_rows() -> None:
     assert [name for name, row in rows.items() if "median_ms" in row] == ["right"]
 
 
+def test_what_has_failed_before_is_tried_again_at_the_end() -> None:
+    tried: list[int] = []
+
+    def case(n: int) -> Case:
+        def make() -> Work:
+            tried.append(n)
+            return Work({"right": lambda: 1}, lambda op: op() == 1, lambda op: {"forward": op})
+
+        return Case({"N": n}, 8, make)
+
+    earlier = [{"N": 1, "failed": "KeyError: 'key'"}, {"N": 2, "not_measured": "out of time"}]
+    compare(CPU, [case(n) for n in (1, 2, 3)], 0.001, Sheet(earlier=earlier))
+    assert tried == [2, 3, 1]
+
+
+def test_peers_that_are_autotuned_may_be_left_out_and_asked_for_later() -> None:
+    name = f"compile {AUTOTUNE}"
+    sheet = Sheet()
+    sheet.autotunes = False
+    rows = compare(CPU, [_case({"right": lambda: 1, name: lambda: 1})], 0.001, sheet)["rows"]
+    left = [row for row in rows if row["provider"] == name]
+    assert left == [{"provider": name, "N": 1, "not_measured": "left out"}]
+    again = Sheet(earlier=rows)
+    again.autotunes = False
+    assert again.known({"N": 1}) and again.rows == rows
+    assert not Sheet(earlier=rows).known({"N": 1})
+
+
 def test_a_case_without_memory_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 

@@ -1,6 +1,7 @@
 """A copy of the kernels with one place of them broken, taken in place of the kernels."""
 
 import importlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ def take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str = "", changed: str = ""
 ) -> None:
     """Let ops find a copy of the kernels, in one file of which `changed` stands for `old`."""
+    if old and os.environ.get("TRITON_INTERPRET") != "1":
+        # And a race that is one on a GPU alone would be won there often enough.
+        pytest.skip("a broken kernel may read past its tensors, which ends a GPU's process")
     package = tmp_path / "copied" / "kernels"
     shutil.copytree(KERNELS, package, ignore=shutil.ignore_patterns("__pycache__"))
     path = package / f"{file}.py"

@@ -147,6 +147,7 @@ def test_saved_on_the_cpu_and_back() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_past_2_to_the_31_elements(fmt: torch.memory_format) -> None:
     """A batch whose second half repeats its first, past 2^31 elements: so do y and dx."""

@@ -132,6 +132,7 @@ def test_a_mutant_fails(
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 def test_past_2_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("needs 20 GB of memory: 2^31 elements in fp16 twice, and room")

@@ -171,6 +171,7 @@ def test_compiled_by_inductor_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 def test_past_2_to_the_31_elements() -> None:
     """A batch whose second half repeats its first, past 2^31 elements: so do logits and dx."""
     needed = 20 * 2**30

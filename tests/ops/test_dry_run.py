@@ -66,9 +66,13 @@ def test_what_is_refused() -> None:
     with pytest.raises(ZeroDivisionError), dry_run():
         raise ZeroDivisionError
     assert not _register.collecting
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+@pytest.mark.usefixtures("outside_the_interpreter")
+def test_kernels_that_were_imported_for_the_interpreter_are_not_built() -> None:
     with dry_run() as launches:
         cast(torch.ones(3), torch.empty(3, dtype=torch.float16))
-    # Here the kernels were imported for the interpreter.
     with pytest.raises(RuntimeError, match="imported with TRITON_INTERPRET=1 and cannot"):
         build_kernels(launches, "sm_90")
 

@@ -173,6 +173,7 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("mode", MODES)
 def test_past_2_to_the_31_elements(mode: str) -> None:
     """Selections from a gradient past 2^31 elements equal those from its parts."""

@@ -288,6 +288,7 @@ def test_compiled_by_inductor_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("picked", [False, True], ids=["all", "subset"])
 def test_past_2_to_the_31_elements(picked: bool) -> None:
     """A batch whose second half repeats its first, past 2^31 elements: so do y and dx."""

@@ -170,6 +170,7 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 def test_past_2_to_the_31_elements() -> None:
     """A batch whose second half repeats its first, past 2^31 elements of y."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:

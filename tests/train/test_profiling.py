@@ -186,10 +186,10 @@ def test_on_a_gpu_the_profiler_is_started_and_stopped_around_kernels(
     assert captures == [("start", "capture"), ("stop", "capture")]
     assert nvtx.calls[0] == captures[0] and nvtx.calls[-1] == captures[1]
     assert profile.table is not None and profile.table.on_device
-    by_op = {line.op: line for line in profile.table.lines}
-    line = by_op["fastres::batch_norm_relu"]
-    assert "batch_norm_relu" in line.kernel or "moments" in line.kernel
-    assert line.gb_per_s and line.gb_per_s > 0
+    # Beside its own kernels an op shows those that fill what it allocates, in tests alone.
+    lines = [line for line in profile.table.lines if line.op == "fastres::batch_norm_relu"]
+    own = [line for line in lines if "batch_norm_relu" in line.kernel or "moments" in line.kernel]
+    assert own and all(line.gb_per_s and line.gb_per_s > 0 for line in own)
 
 
 @pytest.mark.parametrize("variable", list(profiling._LISTENERS))
