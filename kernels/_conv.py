@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import cdiv, next_power_of_2
 from ._launch import family
 
 # Triton's interpreter multiplies bf16 wrongly (by 1e10, measured): fp32 there, of rounded values.
@@ -131,11 +132,11 @@ def pixels(M: int, block: int, columns: int = 1, P: int | None = None) -> Pixels
 
     columns: programs beside one another on the same pixels. P: how many chunks, some then empty.
     """
-    tiles = triton.cdiv(M, block)
+    tiles = cdiv(M, block)
     if P is not None:
-        return Pixels(M, block, triton.cdiv(tiles, P) * block, P)
-    each = triton.cdiv(tiles, max(MAX_CHUNKS // columns, 1))
-    return Pixels(M, block, each * block, triton.cdiv(tiles, each))
+        return Pixels(M, block, cdiv(tiles, P) * block, P)
+    each = cdiv(tiles, max(MAX_CHUNKS // columns, 1))
+    return Pixels(M, block, each * block, cdiv(tiles, each))
 
 
 def rows_of(dtype: torch.dtype) -> int:
@@ -187,7 +188,7 @@ def moments_pixels(shape: Sequence[int], dtype: torch.dtype) -> Pixels:
 
 def block_of(C: int, most: int = BLOCK_C) -> int:
     """Channels of a block, a power of two and at least 16, as tensor cores want it."""
-    return min(max(triton.next_power_of_2(C), 16), most)
+    return min(max(next_power_of_2(C), 16), most)
 
 
 def as_nhwc(t: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from ._conv import (
 from ._conv_dgrad import conv_dgrad
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
 from ._conv_wgrad import conv_wgrad, slab_chunks
+from ._integers import cdiv
 from ._launch import family, launch
 from ._normalize import passes, rstd_of, scale_and_bias, unknown_zero
 
@@ -171,9 +172,9 @@ def chunks(weight: torch.Tensor, stride: int, kept: int, M: int, dtype: torch.dt
     """How many chunks of a convolution's M output pixels have a product of their own in a slab."""
     if not fuses(weight, stride, kept, dtype):
         return slab_chunks(weight, M, dtype)
-    tiles = triton.cdiv(M, BLOCK_M)
-    each = triton.cdiv(tiles, WARPS // _num_warps(weight))
-    return triton.cdiv(tiles, each)
+    tiles = cdiv(M, BLOCK_M)
+    each = cdiv(tiles, WARPS // _num_warps(weight))
+    return cdiv(tiles, each)
 
 
 def conv_backward(

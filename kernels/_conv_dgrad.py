@@ -26,6 +26,7 @@ from ._conv import (
     weight_taps,
 )
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
+from ._integers import cdiv
 from ._launch import launch
 from ._moments import merged_sums
 from ._normalize import passes, rstd_of, scale_and_bias, unknown_zero
@@ -207,7 +208,7 @@ def conv_dgrad(
     projection = weight if shortcut_weight is None else shortcut_weight
     rows, partials, h_eps = out.numbers
     launch(
-        _norm_relu_conv2d_dgrad_kernel, (cut.P, triton.cdiv(C, blocks.outer), stride * stride),
+        _norm_relu_conv2d_dgrad_kernel, (cut.P, cdiv(C, blocks.outer), stride * stride),
         *out.tensors, out.dweight, out.dbias, out.row_scale, out.order, weight,
         *((None, None) if shortcut is None else (shortcut.g, shortcut.order)), shortcut_weight,
         into.x, into.index, *into.norm.vectors, dz, sums,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._conv import BLOCK_P, block_of, pixels, rows_of, samples_at, tile_pixels
 from ._conv_gradient import Norm, lazy_norm
+from ._integers import cdiv
 from ._launch import launch
 from ._moments import sum_partials
 
@@ -87,13 +88,13 @@ def conv_dx(
     """
     N, C, H, W = x.shape
     block_c = min(block_of(C), BLOCK_C)
-    columns = triton.cdiv(C, block_c)
+    columns = cdiv(C, block_c)
     cut = pixels(N * H * W, rows_of(x.dtype), columns)
     dx = torch.empty_like(x)
     mean, var, weight, _ = norm.vectors
     chunks, size = slab.shape
     launch(
-        _norm_relu_conv2d_dx_kernel, (cut.P * columns + triton.cdiv(size, BLOCK),),
+        _norm_relu_conv2d_dx_kernel, (cut.P * columns + cdiv(size, BLOCK),),
         dy, dz, index, x, sums, mean, var, weight, dx, dnorm_weight, dnorm_bias, slab, dweight,
         cut.M, cut.chunk, norm.stats.rows, sums.shape[1], norm.eps, cut.P * columns, size, chunks,
         C=C, S=H * W, TRAINING=norm.training,

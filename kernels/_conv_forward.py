@@ -29,6 +29,7 @@ from ._conv import (
     weight_tap,
     weight_taps,
 )
+from ._integers import cdiv
 from ._launch import launch
 from ._moments import Moments, Stats, merge_tile
 from ._normalize import batch_stats, normalized, rstd_of, scale_and_bias, unknown_zero
@@ -189,7 +190,7 @@ def conv_forward(
         partial = x.new_empty(2, cut.P, K, dtype=torch.float32)
         y_moments = Moments(partial, cut.chunk, cut.M)
     launch(
-        _norm_relu_conv2d_fwd_kernel, (cut.P, triton.cdiv(K, blocks.outer)),
+        _norm_relu_conv2d_fwd_kernel, (cut.P, cdiv(K, blocks.outer)),
         x, index, stats.partial, stats.mean, stats.var, norm_weight, norm_bias,
         weight, shortcut_weight, residual, row_scale,
         y, shortcut, None if y_moments is None else y_moments.partial,

@@ -21,6 +21,7 @@ from ._conv import (
     tile_pixels,
 )
 from ._conv_gradient import Output, conv_gradient, lazy_norm
+from ._integers import cdiv, next_power_of_2
 from ._launch import launch
 from ._moments import sum_partials
 from ._normalize import unknown_zero
@@ -114,10 +115,10 @@ def select(out: Output, kept: int, samples: int) -> Output:
     if kept >= K:
         return out
     block = block_of(K)
-    columns = triton.cdiv(K, block)
+    columns = cdiv(K, block)
     cut = pixels(samples * OH * OW, rows_of(out.g.dtype), columns)
     partial = out.g.new_empty(cut.P, K, dtype=torch.float32)
-    everything = max(triton.next_power_of_2(K), 16)
+    everything = max(next_power_of_2(K), 16)
     order, ticket = out.g.new_empty(K, dtype=torch.int32), out.g.new_zeros((), dtype=torch.int32)
     rows, partials, eps = out.numbers
     launch(

@@ -24,6 +24,7 @@ from ._conv import (
     tile_pixels,
 )
 from ._conv_gradient import Input, Output, conv_gradient, lazy_norm
+from ._integers import cdiv
 from ._launch import launch
 from ._normalize import normalized, rstd_of, scale_and_bias, unknown_zero
 
@@ -147,7 +148,7 @@ def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:
     """BLOCK_C, BLOCK_K, and the programs along the grid's second and third axis."""
     K, C, taps, _ = weight.shape
     block_c, block_k = min(block_of(C), BLOCK_C), min(block_of(K), BLOCK_C)
-    return block_c, block_k, taps * triton.cdiv(C, block_c), triton.cdiv(K, block_k)
+    return block_c, block_k, taps * cdiv(C, block_c), cdiv(K, block_k)
 
 
 def _rows(block_c: int, taps: int, dtype: torch.dtype) -> int:
@@ -162,9 +163,9 @@ def slab_chunks(weight: torch.Tensor, M: int, dtype: torch.dtype) -> int:
     No more than there are tiles: a slab is written and read, whatever the batch.
     """
     block_c, _, rows, columns = blocks(weight)
-    tiles = triton.cdiv(M, _rows(block_c, weight.shape[2], dtype))
-    each = triton.cdiv(tiles, max(PROGRAMS // (rows * columns), 1))
-    return triton.cdiv(tiles, each)
+    tiles = cdiv(M, _rows(block_c, weight.shape[2], dtype))
+    each = cdiv(tiles, max(PROGRAMS // (rows * columns), 1))
+    return cdiv(tiles, each)
 
 
 def conv_wgrad(
@@ -194,7 +195,7 @@ def conv_wgrad(
     if shortcut is not None:
         dy, order = shortcut.g, shortcut.order
         every = pixels(dy.shape[0] * OH * OW, cut.BLOCK_M, P=cut.P)
-        rows += triton.cdiv(C, block_c)
+        rows += cdiv(C, block_c)
     projection = weight if shortcut_weight is None else shortcut_weight
     launch(
         _norm_relu_conv2d_wgrad_kernel, (cut.P, rows, columns),

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from . import _addresses
+from ._integers import cdiv
 from ._launch import launch, launch_opaque
 from ._tiles import Rows, Tiling, tile_mask, tile_offsets
 
-# Few enough partials (64 KB for 32 channels, from L2) that merging them in every program of the
-# consumer costs less than one more launch. Not tuned on a GPU yet.
+# So few partials (64 KB for 32 channels, from L2) that each program merges them. Not tuned yet.
 MAX_CHUNKS = 256
 BLOCK_P = 64
 UPDATE_BLOCK_C = 256
@@ -261,7 +261,7 @@ def merged_sums(partial: torch.Tensor, sums: torch.Tensor | None = None) -> torc
     B, P, C = partial.shape
     sums = partial.new_empty(B, C) if sums is None else sums
     launch(
-        _sum_partials_kernel, (triton.cdiv(C, MERGE_BLOCK_C), B),
+        _sum_partials_kernel, (cdiv(C, MERGE_BLOCK_C), B),
         partial, sums, C, P, BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,
     )  # fmt: skip
     return sums
@@ -311,7 +311,7 @@ def stats_of(moments: Moments, merges: bool) -> Stats:
     if merges:
         return Stats(mean, var, partial, moments.chunk, moments.rows)
     launch(
-        _merge_moments_kernel, (triton.cdiv(C, MERGE_BLOCK_C),),
+        _merge_moments_kernel, (cdiv(C, MERGE_BLOCK_C),),
         partial, mean, var, moments.rows, C, P, moments.chunk,
         BLOCK_P=BLOCK_P, BLOCK_C=MERGE_BLOCK_C, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import cdiv, next_power_of_2
+
 NUM_WARPS = 8
 # Enough programs to keep the memory of a 132-SM device busy. Not tuned on a GPU yet.
 MAX_PROGRAMS = 512
@@ -185,13 +187,13 @@ class Tiling:
     @property
     def columns(self) -> int:
         """Blocks of channels: the grid's second axis."""
-        return triton.cdiv(self.C, self.BLOCK_C)
+        return cdiv(self.C, self.BLOCK_C)
 
     def chunks(self, most: int) -> tuple[int, int]:
         """Rows of a chunk, a multiple of BLOCK_M, and the number of chunks, none of them empty."""
-        tiles = triton.cdiv(self.M, self.BLOCK_M)
-        tiles_each = triton.cdiv(tiles, max(min(most, MAX_PROGRAMS // self.columns), 1))
-        return tiles_each * self.BLOCK_M, triton.cdiv(tiles, tiles_each)
+        tiles = cdiv(self.M, self.BLOCK_M)
+        tiles_each = cdiv(tiles, max(min(most, MAX_PROGRAMS // self.columns), 1))
+        return tiles_each * self.BLOCK_M, cdiv(tiles, tiles_each)
 
 
 def tiling(
@@ -204,7 +206,7 @@ def tiling(
     N, C, H, W = shape
     S = H * W
     # Narrow blocks of channels, so that few channels still make many programs.
-    BLOCK_C = min(max(triton.next_power_of_2(C), 8), 32 if C <= 128 else 64)
+    BLOCK_C = min(max(next_power_of_2(C), 8), 32 if C <= 128 else 64)
     every = (x_rows, *others)
     return Tiling(
         M=N * S,

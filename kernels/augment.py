@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import cdiv
 from ._launch import launch
 
 __all__ = ["augment_fwd", "empty_output"]
@@ -131,7 +132,7 @@ def augment_fwd(
     as_tensor = isinstance(epoch, torch.Tensor)
     reach = (C - 1) * stride_c + (H - 1) * stride_h + (W - 1) * stride_w
     launch(
-        _augment_fwd_kernel, (y.shape[0], triton.cdiv(C * H * W, BLOCK)),
+        _augment_fwd_kernel, (y.shape[0], cdiv(C * H * W, BLOCK)),
         images, index, epoch if as_tensor else None, *mean_std, y,
         N, seed, 0 if as_tensor else epoch, index.stride(0), stride_n, stride_c, stride_h, stride_w,
         C=C, H=H, W=W, PADDING=padding, FLIP=flip, CHANNELS_LAST=channels_last,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import cdiv
 from ._launch import launch
 
 __all__ = ["cast_fwd"]
@@ -32,6 +33,4 @@ def cast_fwd(x: torch.Tensor, y: torch.Tensor) -> None:
     """y = x. Both dense in memory, in one order of dimensions; fp32, fp16 or bf16 each."""
     M = x.numel()
     if M > 0:
-        launch(
-            _cast_fwd_kernel, (triton.cdiv(M, BLOCK),), x, y, M, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        launch(_cast_fwd_kernel, (cdiv(M, BLOCK),), x, y, M, BLOCK=BLOCK, num_warps=NUM_WARPS)

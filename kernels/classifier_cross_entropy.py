@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ._conv import BLOCK_P, block_of
 from ._conv_gradient import lazy_norm
+from ._integers import cdiv, next_power_of_2
 from ._launch import launch
 from ._moments import Moments, stats_of
 from ._normalize import batch_stats, passes, rstd_of, scale_and_bias
@@ -230,13 +231,13 @@ def chunks(N: int, columns: int = 1) -> tuple[int, int]:
 
     columns: programs beside one another on the same samples.
     """
-    each = triton.cdiv(N, max(MAX_PROGRAMS // columns, 1))
-    return each, triton.cdiv(N, each)
+    each = cdiv(N, max(MAX_PROGRAMS // columns, 1))
+    return each, cdiv(N, each)
 
 
 def _pixels(S: int, block_c: int) -> int:
     """Pixels of a tile of block_c channels, a power of two."""
-    return min(triton.next_power_of_2(S), TILE // block_c)
+    return min(next_power_of_2(S), TILE // block_c)
 
 
 def empty_outputs(
@@ -330,12 +331,12 @@ def classifier_cross_entropy_bwd(
     N, C, H, W = x.shape
     K = weight.shape[0]
     block_c = block_of(C, BLOCK_C)
-    columns = triton.cdiv(C, block_c)
+    columns = cdiv(C, block_c)
     each, P = chunks(N, columns)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     vectors = [empty_like_or_none(p) for p in (norm_weight, norm_bias, bias)]
     launch(
-        _classifier_cross_entropy_bwd_kernel, (P * columns + K * triton.cdiv(C, BLOCK_W),),
+        _classifier_cross_entropy_bwd_kernel, (P * columns + K * cdiv(C, BLOCK_W),),
         dloss, x, sums, mean, var, norm_weight, norm_bias, dlogits, pooled, da,
         dx, *vectors[:2], dweight, vectors[2],
         N, each, N * H * W, sums.shape[1], eps, P * columns,

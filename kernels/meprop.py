@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import next_power_of_2
 from ._launch import launch
 from ._moments import MAX_CHUNKS, merged_sums
 from ._tiles import (
@@ -206,7 +207,7 @@ def _infinity(dtype: torch.dtype) -> int:
 
 def _block(length: int) -> dict[str, int]:
     """BLOCK for rows of this length, and warps for four elements a thread."""
-    block = min(max(triton.next_power_of_2(length), 256), BLOCK)
+    block = min(max(next_power_of_2(length), 256), BLOCK)
     return {"BLOCK": block, "num_warps": max(block // 128, 1)}
 
 

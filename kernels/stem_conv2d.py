@@ -30,6 +30,7 @@ from ._conv import (
     samples_at,
     tile_pixels,
 )
+from ._integers import cdiv, next_power_of_2
 from ._launch import launch
 from ._moments import merge_tile, merged_sums
 
@@ -149,7 +150,7 @@ def empty_outputs(
 
 
 def _lane_count(C: int) -> int:
-    return max(triton.next_power_of_2(9 * C), 16)
+    return max(next_power_of_2(9 * C), 16)
 
 
 def _rows(weight: torch.Tensor, dtype: torch.dtype) -> int:
@@ -181,7 +182,7 @@ def stem_conv2d_fwd(
     # the tile is large enough.
     large = rows * max(_lane_count(weight.shape[1]), block_of(K)) >= 4096
     launch(
-        _stem_conv2d_fwd_kernel, (cut.P, triton.cdiv(K, block_of(K))),
+        _stem_conv2d_fwd_kernel, (cut.P, cdiv(K, block_of(K))),
         x, weight, y, partial if with_moments else None, cut.M, cut.chunk, *weight.stride(),
         **_constants(x, weight), BLOCK_M=rows, num_warps=8 if large else 4,
     )  # fmt: skip
@@ -191,7 +192,7 @@ def stem_conv2d_fwd(
 def stem_conv2d_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dweight in weight's dtype, laid out as weight, which is dense; dy: as y, any strides."""
     N, K, H, W = dy.shape
-    columns = triton.cdiv(K, block_of(K))
+    columns = cdiv(K, block_of(K))
     cut = pixels(N * H * W, _rows(weight, x.dtype), columns)
     slab = dy.new_empty(cut.P, weight.numel(), dtype=torch.float32)
     launch(

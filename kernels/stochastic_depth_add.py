@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._integers import cdiv
 from ._launch import launch
 from ._tiles import Rows, as_rows, channels_fastest, empty_dense
 
@@ -204,7 +205,7 @@ def stochastic_depth_add_fwd(
         return y
     branch, branch_rows = as_rows(branch)
     C, S = _sizes(y)
-    tiles, channels_last = triton.cdiv(C * S, BLOCK), channels_fastest(shortcut_rows)
+    tiles, channels_last = cdiv(C * S, BLOCK), channels_fastest(shortcut_rows)
     launch(
         _stochastic_depth_add_fwd_kernel, (y.shape[0] * tiles,),
         branch, shortcut, key, position, y,
@@ -247,7 +248,7 @@ def stochastic_depth_add_bwd(
         return dbranch
     dy, dy_rows = as_rows(dy)
     C, S = _sizes(dy)
-    tiles = triton.cdiv(C * S, BLOCK)
+    tiles = cdiv(C * S, BLOCK)
     launch(
         _stochastic_depth_add_bwd_kernel, (samples * tiles,),
         dy, key, source, dbranch,
@@ -275,7 +276,7 @@ def draw_subset(
     index, position = empty_subset(key, N, kept)
     if N > 0:
         launch(
-            _draw_subset_kernel, (triton.cdiv(N, BLOCK_N),),
+            _draw_subset_kernel, (cdiv(N, BLOCK_N),),
             key, index, position, N, kept, unit, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return index, position

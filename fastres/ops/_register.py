@@ -13,6 +13,9 @@ import torch
 # Triton reads the variable when a kernel is defined, so it is read once here too.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Kept, since what it has registered ends with it.
+_LIBRARY = torch.library.Library("fastres", "FRAGMENT")
+
 # Set by dry_run: launches are collected, so that it does not matter where the tensors are.
 collecting = False
 
@@ -28,6 +31,45 @@ def register_op(
     opaque = INTERPRET or not traceable
     factory = torch.library.custom_op if opaque else torch.library.triton_op
     return factory(f"fastres::{name}", mutates_args=mutates_args)
+
+
+def register_autograd(
+    op: Any,
+    backward: Callable[..., tuple[Any, ...]],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+) -> None:
+    """op.register_autograd, and on CPUs and GPUs the same at a fraction of its cost to the host.
+
+    Before setup_context PyTorch completes the arguments by the schema's defaults, in a time that
+    grows with the square of their number: 0.2 ms for a whole unit. Our ops have no defaults.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    overload = op._opoverload
+    for argument in overload._schema.arguments:
+        # Of a list of tensors a Function sees no tensor, and so finds no gradient for it.
+        assert not argument.has_default_value() and str(argument.type) != "List[Tensor]"
+
+    def compute(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = compute(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{op._name}_autograd", (torch.autograd.Function,), members)
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)
+        ):
+            return function.apply(*args)
+        return compute(*args)
+
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        _LIBRARY.impl(op._name, kernel, key)
 
 
 def takes_kernels(x: torch.Tensor) -> bool:

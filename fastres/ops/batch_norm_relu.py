@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._batch_norm_check import check_batch_norm
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import take_samples
 
 
@@ -146,7 +146,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     return (grads[0], None, *grads[1:], None, None, None, None)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 @register_op(

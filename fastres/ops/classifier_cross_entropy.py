@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
 from fastres.ops._norm_relu_conv2d_check import CHANNELS, check_norm
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops.norm_relu_conv2d import as_nhwc, contiguous
 from fastres.ops.preact_unit import BatchMoments
 
@@ -173,7 +173,7 @@ def _autograd_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor
     return tuple(grads)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def classifier_cross_entropy(

@@ -25,7 +25,7 @@ from fastres.ops._meprop import (
     select_row,
     selected_reference,
 )
-from fastres.ops._register import register_op
+from fastres.ops._register import register_autograd, register_op
 
 
 def meprop_conv2d_reference(
@@ -126,7 +126,7 @@ def _filters(weight: Tensor, index: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def meprop_conv2d(

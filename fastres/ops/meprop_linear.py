@@ -23,7 +23,7 @@ from fastres.ops._meprop import (
     select_row,
     selected_reference,
 )
-from fastres.ops._register import register_op
+from fastres.ops._register import register_autograd, register_op
 
 
 def meprop_linear_reference(
@@ -77,7 +77,7 @@ def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dy.sum(0) if needs_dbias else None, None, None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def meprop_linear(

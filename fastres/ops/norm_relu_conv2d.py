@@ -25,7 +25,7 @@ from fastres.ops._norm_relu_conv2d_check import (
     check_weight,
     serves,
 )
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 
 
 def norm_relu_conv2d_reference(
@@ -168,7 +168,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     return dx, None, None, dnorm_weight, dnorm_bias, dweight, dresidual, *(None,) * 6
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def norm_relu_conv2d(

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_two_stats
 from fastres.ops._norm_relu_conv2d_check import check_group, check_unit
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
 from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc, contiguous
@@ -272,7 +272,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     )
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def preact_unit(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops.norm_relu_conv2d import as_dense
 from fastres.ops.preact_unit import BatchMoments
 
@@ -81,7 +81,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | N
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 def stem_conv2d(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.ops._philox import is_plain
-from fastres.ops._register import kernels, register_op, takes_kernels
+from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.step_generator import UnitGenerator, draws, threshold
 
@@ -114,7 +114,7 @@ def _autograd_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]
     return (dbranch, dy, *(None,) * 7)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_autograd(_forward, _autograd_backward, _setup_context)
 
 
 @register_op("draw_subset")
