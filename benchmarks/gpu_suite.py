@@ -86,6 +86,7 @@ def parts(folder: Path | None) -> dict[str, Part]:
     every["stochastic_depth_unit"] = Part(
         "bench_stochastic_depth_unit.py", 40, ["--seconds", "1"], sweep
     )
+    every["host"] = Part("bench_host.py", 10)
     every["scaling"] = Part("bench_scaling.py", 15)
     every["boost"] = Part("bench_boost.py", 30, ["--seconds", "0.3"], [])
     every["boost_training"] = Part(
