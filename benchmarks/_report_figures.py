@@ -176,16 +176,18 @@ def _mean(values: list[float], digits: int) -> str:
 
 
 def _bandwidth(rows: list[Row]) -> str | None:
-    """The largest case of each pass, which no cache holds, beside the best peer at the same."""
+    """The largest case of each pass, beside the best peer at the same."""
     words = []
     for direction, case in largest(rows).items():
         ours = next((row for row in case if row["provider"] == "fastres"), None)
         peers = [row for row in case if row["provider"] != "fastres"]
         if ours is not None and peers:
             peer = min(peers, key=lambda r: r["median_ms"])
+            size = "×".join(str(ours[axis]) for axis in ("N", "C", "H", "H"))
+            faster = peer["median_ms"] / ours["median_ms"]
             words.append(
-                f"{direction} {ours['gb_per_s']:,.0f} GB/s, {ours['share_of_copy']:.0%} of a "
-                f"copy's, {peer['median_ms'] / ours['median_ms']:.2f} × the best peer "
+                f"{direction} of {size} {ours['dtype']}: {ours['gb_per_s']:,.0f} GB/s, "
+                f"{ours['share_of_copy']:.0%} of a copy's, {faster:.2f} × the best peer "
                 f"({peer['provider']}; {_spread(ours)})"
             )
     return "; ".join(words) or None
