@@ -13,7 +13,10 @@ from ops.batch_norm_relu_equality import Case, check, small_tiles
 from fastres.ops import _register
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_addresses", "_launch", "_tiles", "_moments", "_normalize", "batch_norm_relu")
+FILES = (
+    "__init__", "_addresses", "_integers", "_launch", "_tiles", "_moments", "_normalize",
+    "batch_norm_relu",
+)  # fmt: skip
 
 # Six tiles of 64 rows, two to a chunk and so three partials, the last tile in part.
 CASE = Case(shape=(5, 8, 11, 6), dy_layout="nhwc")

@@ -112,7 +112,7 @@ MUTANTS = {
     "leaves the last element": ("lanes < tl.minimum(M - start", "lanes < tl.minimum(M - 1 - start"),
     "writes past the end": ("lanes < tl.minimum(M - start", "lanes < tl.minimum(M + 1 - start"),
     "writes the first block everywhere": ("x_ptr + start + lanes", "x_ptr + lanes"),
-    "forgets the last block": ("triton.cdiv(M, BLOCK)", "max(M // BLOCK, 1)"),
+    "forgets the last block": ("cdiv(M, BLOCK)", "max(M // BLOCK, 1)"),
     "rounds on its way": (".to(tl.float32)", ".to(tl.float16).to(tl.float32)"),
 }
 

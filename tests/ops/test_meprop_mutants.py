@@ -16,7 +16,7 @@ from fastres.ops import _register
 from fastres.ops._meprop import select_channels, select_row
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_addresses", "_launch", "_tiles", "_moments", "meprop")
+FILES = ("__init__", "_addresses", "_integers", "_launch", "_tiles", "_moments", "meprop")
 
 # The text to replace (once in kernels/meprop.py, or else in _moments.py) and what takes its place.
 MUTANTS: dict[str, tuple[str, str]] = {

@@ -13,7 +13,7 @@ from ops.stochastic_depth_add_equality import Case, check, small_blocks
 from fastres.ops import _register
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_launch", "_tiles", "stochastic_depth_add")
+FILES = ("__init__", "_integers", "_launch", "_tiles", "stochastic_depth_add")
 
 # Two blocks a sample, the second in part; samples of both kinds; no number that is 0 or 1.
 ROW = Case(shape=(6, 5, 3, 3), seed=2, step=5, unit=7, rank=3)
