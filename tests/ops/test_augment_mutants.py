@@ -1,15 +1,13 @@
 """Kernels broken on purpose: the check of the ordinary tests must fail for each of them."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from ops.augment_equality import check, data
+from ops.kernel_mutants import take
 
-from fastres.ops import _register, augment
-
-SOURCE = Path(__file__).resolve().parents[2] / "kernels" / "augment.py"
+from fastres.ops import augment
 
 # Each makes the kernel wrong in one place, without reading outside an image.
 MUTANTS = {
@@ -27,13 +25,8 @@ MUTANTS = {
 }
 
 
-def _check(path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """The kernel in the file at path, on images of two tiles and one index out of range."""
-    spec = importlib.util.spec_from_file_location("fastres.kernels.mutant", path)
-    assert spec is not None and spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    monkeypatch.setattr(_register, "_import_kernels", lambda stem: mutant)
+def _check(device: str) -> None:
+    """On images of two tiles and one index out of range."""
     images, mean, std = data(8, 3, 20, 20, device=device)
     index = torch.tensor([*range(8), 8], device=device)
     y = augment(images, index, mean, std, seed=2, epoch=3)
@@ -41,8 +34,11 @@ def _check(path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     assert y[8].isnan().all(), "y is not NaN"
 
 
-def test_the_unbroken_kernel_passes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    _check(SOURCE, monkeypatch, device)
+def test_an_unbroken_copy_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    take(tmp_path, monkeypatch, "augment")
+    _check(device)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -50,9 +46,6 @@ def test_a_mutant_fails(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     old, changed = MUTANTS[name]
-    source = SOURCE.read_text()
-    assert source.count(old) == 1, "the kernel was rewritten: rewrite its mutant"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, changed))
+    take(tmp_path, monkeypatch, "augment", old, changed)
     with pytest.raises(AssertionError, match="y is not"):
-        _check(path, monkeypatch, device)
+        _check(device)

@@ -1,22 +1,10 @@
 """Kernels broken on purpose: the check of the ordinary tests must fail for each of them."""
 
-import importlib
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from ops.batch_norm_relu_equality import Case, check, small_tiles
-
-from fastres.ops import _register
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = (
-    "__init__", "_addresses", "_integers", "_launch", "_tiles", "_moments", "_normalize",
-    "batch_norm_relu",
-)  # fmt: skip
+from ops.kernel_mutants import take
 
 # Six tiles of 64 rows, two to a chunk and so three partials, the last tile in part.
 CASE = Case(shape=(5, 8, 11, 6), dy_layout="nhwc")
@@ -135,29 +123,10 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
 }
 
 
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the kernels, taken in place of theirs once `_take` imports it."""
-    package = tmp_path / "copied" / "kernels"
-    package.mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(KERNELS / f"{name}.py", package)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield package
-    for name in [name for name in sys.modules if name.partition(".")[0] == "copied"]:
-        del sys.modules[name]
-
-
-def _take(monkeypatch: pytest.MonkeyPatch) -> None:
-    importlib.invalidate_caches()
-    module: ModuleType = importlib.import_module("copied.kernels.batch_norm_relu")
-    monkeypatch.setattr(_register, "_import_kernels", lambda stem: module)
-
-
 def test_an_unbroken_copy_passes(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    _take(monkeypatch)
+    take(tmp_path, monkeypatch, "batch_norm_relu")
     with small_tiles():
         for case in dict.fromkeys(case for *_, case in MUTANTS.values()):
             check(case, device)
@@ -165,13 +134,9 @@ def test_an_unbroken_copy_passes(
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(
-    name: str, copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    stem, old, changed, case = MUTANTS[name]
-    path = copied / f"{stem}.py"
-    source = path.read_text()
-    assert source.count(old) == 1, "the kernel was rewritten: rewrite its mutant"
-    path.write_text(source.replace(old, changed))
-    _take(monkeypatch)
+    file, old, changed, case = MUTANTS[name]
+    take(tmp_path, monkeypatch, file, old, changed)
     with small_tiles(), pytest.raises(AssertionError, match=r"is off (by|where)|mask is wrong"):
         check(case, device)

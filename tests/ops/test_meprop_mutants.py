@@ -1,22 +1,15 @@
 """Selections broken on purpose: the checks of the ordinary tests must fail for each of them."""
 
-import importlib
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from ops.batch_norm_relu_equality import LAYOUTS
+from ops.kernel_mutants import KERNELS, take
 from ops.meprop_equality import check_channels, check_row, drawn, small_blocks
 
-from fastres.ops import _register
 from fastres.ops._meprop import select_channels, select_row
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_addresses", "_integers", "_launch", "_tiles", "_moments", "meprop")
 
 # The text to replace (once in kernels/meprop.py, or else in _moments.py) and what takes its place.
 MUTANTS: dict[str, tuple[str, str]] = {
@@ -93,43 +86,19 @@ def _check_all(device: str) -> None:
                 check_row(select_row, dy[:2], k)
 
 
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the kernels, taken in place of theirs once `_take` imports it."""
-    package = tmp_path / "copied" / "kernels"
-    package.mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(KERNELS / f"{name}.py", package)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield package
-    for name in [name for name in sys.modules if name.partition(".")[0] == "copied"]:
-        del sys.modules[name]
-
-
-def _take(monkeypatch: pytest.MonkeyPatch) -> None:
-    importlib.invalidate_caches()
-    module: ModuleType = importlib.import_module("copied.kernels.meprop")
-    monkeypatch.setattr(_register, "_import_kernels", lambda stem: module)
-
-
 def test_an_unbroken_copy_passes(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    _take(monkeypatch)
+    take(tmp_path, monkeypatch, "meprop")
     _check_all(device)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(
-    name: str, copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     old, changed = MUTANTS[name]
-    path = copied / "meprop.py"
-    if old not in path.read_text():
-        path = copied / "_moments.py"
-    source = path.read_text()
-    assert source.count(old) == 1, "the kernel was rewritten: rewrite its mutant"
-    path.write_text(source.replace(old, changed))
-    _take(monkeypatch)
+    file = "meprop" if old in (KERNELS / "meprop.py").read_text() else "_moments"
+    take(tmp_path, monkeypatch, file, old, changed)
     with pytest.raises(AssertionError, match=r"other (elements|channels) are kept"):
         _check_all(device)

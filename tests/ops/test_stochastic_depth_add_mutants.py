@@ -1,19 +1,10 @@
 """Kernels broken on purpose: the check of the ordinary tests must fail for each of them."""
 
-import importlib
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from ops.kernel_mutants import take
 from ops.stochastic_depth_add_equality import Case, check, small_blocks
-
-from fastres.ops import _register
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-FILES = ("__init__", "_integers", "_launch", "_tiles", "stochastic_depth_add")
 
 # Two blocks a sample, the second in part; samples of both kinds; no number that is 0 or 1.
 ROW = Case(shape=(6, 5, 3, 3), seed=2, step=5, unit=7, rank=3)
@@ -93,29 +84,10 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
 }
 
 
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the kernels, taken in place of theirs once `_take` imports it."""
-    package = tmp_path / "copied" / "kernels"
-    package.mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(KERNELS / f"{name}.py", package)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield package
-    for name in [name for name in sys.modules if name.partition(".")[0] == "copied"]:
-        del sys.modules[name]
-
-
-def _take(monkeypatch: pytest.MonkeyPatch) -> None:
-    importlib.invalidate_caches()
-    module: ModuleType = importlib.import_module("copied.kernels.stochastic_depth_add")
-    monkeypatch.setattr(_register, "_import_kernels", lambda stem: module)
-
-
 def test_an_unbroken_copy_passes(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    _take(monkeypatch)
+    take(tmp_path, monkeypatch, "stochastic_depth_add")
     with small_blocks():
         for case in dict.fromkeys(case for *_, case in MUTANTS.values()):
             check(case, device)
@@ -123,13 +95,9 @@ def test_an_unbroken_copy_passes(
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(
-    name: str, copied: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     old, changed, case = MUTANTS[name]
-    path = copied / "stochastic_depth_add.py"
-    source = path.read_text()
-    assert source.count(old) == 1, "the kernel was rewritten: rewrite its mutant"
-    path.write_text(source.replace(old, changed))
-    _take(monkeypatch)
+    take(tmp_path, monkeypatch, "stochastic_depth_add", old, changed)
     with small_blocks(), pytest.raises(AssertionError, match="is off"):
         check(case, device)
