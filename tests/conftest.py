@@ -103,6 +103,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    huge = item.get_closest_marker("huge")
+    if huge and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        (needed,), free = huge.args, torch.cuda.mem_get_info()[0] / 2**30
+        if free < needed:
+            pytest.skip(f"needs {needed} GiB of the device's memory, of which {free:.1f} are free")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,6 +54,14 @@ def test_cached_features_are_those_computed(
     assert cache.nbytes == x.numel() * 4 and not list(tmp_path.iterdir())
 
 
+def test_pinned_memory_counts_as_the_power_of_two_that_it_takes() -> None:
+    room = Room(100, 1000)
+    assert [room.place(n, on_cpu=False) for n in (100, 101, 512, 513)] == [
+        "device", "host", "host", "disk",
+    ]  # fmt: skip
+    assert [room.place(n, on_cpu=True) for n in (100, 1000, 1001)] == ["host", "host", "disk"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_takes_half_the_room(dtype: torch.dtype) -> None:
     x = torch.randn(5, 2, 3, 3)

@@ -28,12 +28,21 @@ class Room:
     Args:
         device: bytes on the device that computes.
         host: bytes of the host's memory. On a CPU the two are one memory, and the greater counts.
+            For a GPU it is pinned, which PyTorch does by powers of two: 20 GB take 32 GiB.
         folder: where files go; None: nowhere, and what the host does not hold is refused.
     """
 
     device: int
     host: int
     folder: Path | None = None
+
+    def place(self, nbytes: int, on_cpu: bool) -> str:
+        """Where so many bytes go, for a CPU or a GPU: "device", "host" or "disk"."""
+        if on_cpu:
+            return "host" if nbytes <= max(self.device, self.host) else "disk"
+        if nbytes <= self.device:
+            return "device"
+        return "host" if 1 << (nbytes - 1).bit_length() <= self.host else "disk"
 
 
 class FeatureCache:
@@ -63,16 +72,13 @@ class FeatureCache:
         self.nbytes = N * C * H * W * dtype.itemsize
         flat = (N, H * W * C)
         on_cpu = device.type == "cpu"
-        if self.nbytes <= room.device and not on_cpu:
-            self.place = "device"
+        self.place = room.place(self.nbytes, on_cpu)
+        if self.place == "device":
             self._store = torch.empty(flat, dtype=dtype, device=device)
-        elif self.nbytes <= (max(room.device, room.host) if on_cpu else room.host):
-            self.place = "host"
+        elif self.place == "host":
             self._store = torch.empty(flat, dtype=dtype, pin_memory=not on_cpu)
         else:
-            self.place = "disk"
             self._store = _mapped(flat, dtype, room.folder, self.nbytes)
-
         self.streams = self.place == "disk" or (self.place == "host" and not on_cpu)
 
     def __len__(self) -> int:

@@ -216,7 +216,7 @@ def test_invalid_arguments(message: str, change: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.huge
+@pytest.mark.huge(3)  # 2^31 bytes of images, and room
 def test_a_data_set_beyond_2_to_the_31() -> None:
     N = 2**31 // 3072 + 100
     images = torch.zeros(N, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)

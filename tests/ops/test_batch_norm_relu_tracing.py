@@ -147,13 +147,10 @@ def test_saved_on_the_cpu_and_back() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.huge
+@pytest.mark.huge(40)  # x, y, dy and dx of 2^31 fp16 elements, and room
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_past_2_to_the_31_elements(fmt: torch.memory_format) -> None:
     """A batch whose second half repeats its first, past 2^31 elements: so do y and dx."""
-    needed = 40 * 2**30
-    if torch.cuda.get_device_properties(0).total_memory < needed:
-        pytest.skip("needs 40 GB of memory: x, y, dy and dx of 2^31 fp16 elements, and room")
     half = torch.randn(2**15 + 1, 32, 32, 32, device="cuda", dtype=torch.float16)
     x = torch.cat([half, half]).to(memory_format=fmt).requires_grad_()
     assert x.numel() > 2**31

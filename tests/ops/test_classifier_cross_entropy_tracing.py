@@ -171,12 +171,9 @@ def test_compiled_by_inductor_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.huge
+@pytest.mark.huge(20)  # x, dx and more of 2^31 fp16 elements
 def test_past_2_to_the_31_elements() -> None:
     """A batch whose second half repeats its first, past 2^31 elements: so do logits and dx."""
-    needed = 20 * 2**30
-    if torch.cuda.get_device_properties(0).total_memory < needed:
-        pytest.skip("needs 20 GB of memory: x, dx and more of 2^31 fp16 elements")
     half = torch.randn(2**16 + 1, 16, 32, 32, device="cuda", dtype=torch.float16)
     x = torch.cat([half, half]).to(memory_format=NHWC).requires_grad_()
     assert x.numel() > 2**31

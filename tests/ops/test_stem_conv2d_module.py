@@ -170,11 +170,9 @@ def test_traces_to_its_kernels_without_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.huge
+@pytest.mark.huge(40)  # x, y, dy and more of 2^31 fp16 elements
 def test_past_2_to_the_31_elements() -> None:
     """A batch whose second half repeats its first, past 2^31 elements of y."""
-    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
-        pytest.skip("needs 40 GB of memory: x, y, dy and more of 2^31 fp16 elements")
     half = torch.randn(2**16 + 1, 3, 32, 32, device="cuda", dtype=torch.float16)
     x = torch.cat([half, half]).to(memory_format=NHWC)
     weight = torch.randn(16, 3, 3, 3, device="cuda", requires_grad=True)
