@@ -65,8 +65,7 @@ def describe(
     data, threads = growth.data, ""
     if workers.device.type == "cpu":
         threads = f", {torch.get_num_threads()} thread(s) each"
-    name = training.device_name(workers.device)
-    workers.say(f"device   {name}, {workers.world_size} process(es){threads}")
+    workers.say(f"device   {workers.device_name}, {workers.world_size} process(es){threads}")
     sizes = f"{len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} test"
     workers.say(f"data     {data.name}: {sizes}, {len(data.classes)} classes")
     workers.say(
@@ -131,6 +130,8 @@ def grow(config: BoostConfig, workers: Workers) -> Record:
     )  # fmt: skip
     while growth.ended is None:
         record = growth.grow(progress)
+        if record is not None:
+            record["hardware"] = workers.hardware()
         workers.together(partial(keep, record))
         if record is not None and workers.leads:
             progress.line(unit_line(record, config.most_units))
@@ -150,6 +151,7 @@ def grow(config: BoostConfig, workers: Workers) -> Record:
         "edge": growth.boosting.edge,
         "bound": growth.boosting.bound,
         "growth_seconds": sum(record["seconds"] for record in metrics.records),
+        "hardware": records.hardware_of(metrics.records),
         "before_refinement": hand_over(config, growth, workers),
     }
 
@@ -185,6 +187,7 @@ def finish(config: BoostConfig, workers: Workers, summary: Record, started: floa
         refined = json.loads((out / REFINED / records.SUMMARY).read_text())
         after = {name: refined[name] for name in before}
         seconds, epochs = refined["training_seconds"], refined["epochs"]
+        summary["hardware"] += [h for h in refined["hardware"] if h not in summary["hardware"]]
         lines.append(("refined", after, seconds))
     summary |= {
         **after,
@@ -192,12 +195,7 @@ def finish(config: BoostConfig, workers: Workers, summary: Record, started: floa
         "refinement_seconds": seconds,
         "training_seconds": summary["growth_seconds"] + seconds,
         "wall_seconds": time.perf_counter() - started,
-        "processes": workers.world_size,
         "workers": workers.world_size,
-        "device": str(workers.device.type),
-        "device_name": training.device_name(workers.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "config": config.as_dict(),
     }
     records.write_json(out / records.SUMMARY, summary)

@@ -135,10 +135,6 @@ def check_data(state: dict[str, Any], data: Splits) -> None:
         )
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def check_shares(config: Config, workers: Workers) -> None:
     """See that a batch is shared evenly.
 
@@ -161,7 +157,7 @@ def describe(
     parameters = sum(p.numel() for p in trainer.model.parameters())
     device = workers.device
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    workers.say(f"device   {device_name(device)}, {workers.world_size} process(es){threads}")
+    workers.say(f"device   {workers.device_name}, {workers.world_size} process(es){threads}")
     sizes = f"{len(data.train):,} train, {len(data.dev):,} dev, {len(data.test):,} test"
     workers.say(f"data     {data.name}: {sizes}, {len(data.classes)} classes")
     layout = "channels_last" if config.channels_last else "NCHW"
@@ -264,6 +260,7 @@ def train(config: Config, workers: Workers) -> None:
     while trainer.epoch < config.epochs:
         progress.epoch(trainer.epoch + 1)
         record = trainer.train_epoch(progress)
+        record["hardware"] = workers.hardware()
         trainer.average_statistics()
         if trainer.epoch % config.eval_every == 0 or trainer.epoch == config.epochs:
             accuracies = trainer.accuracies()
@@ -324,12 +321,8 @@ def finish(
         **accuracies,
         "training_seconds": training,
         "wall_seconds": seconds,
-        "processes": workers.world_size,
+        "hardware": records.hardware_of(metrics.records),
         "workers": workers.world_size * config.micro_batches,
-        "device": str(workers.device.type),
-        "device_name": device_name(workers.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "config": config.as_dict(),
     }
     records.write_json(out / records.SUMMARY, summary)

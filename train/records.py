@@ -54,6 +54,16 @@ class Metrics:
         write_atomically(self.path, lambda file: file.write(lines.encode()))
 
 
+def hardware_of(records: list[Record]) -> list[Record]:
+    """What computed them, each kind once: a run may be resumed on another machine."""
+    kinds: list[Record] = []
+    for record in records:
+        kind = record.get("hardware")  # which no record had at first
+        if kind is not None and kind not in kinds:
+            kinds.append(kind)
+    return kinds
+
+
 def draw_curve(path: Path, records: list[Record], title: str) -> None:
     """Accuracies and training loss by epoch, as a PNG."""
     # Only the leading process draws, once: the rest need not load it.

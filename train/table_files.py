@@ -64,12 +64,12 @@ class Line:
     @property
     def is_emulated(self) -> bool:
         """Whether its time is that of several workers in turn."""
-        return any(s["processes"] < s["workers"] for s in self.summaries.values())
+        return any(_is_emulated(summary) for summary in self.summaries.values())
 
     @property
     def machine(self) -> str | None:
         """What all of its runs were trained on, and with; None of several."""
-        machines = {_machine(summary) for summary in self.summaries.values()}
+        machines = {m for summary in self.summaries.values() for m in _machines(summary)}
         return machines.pop() if len(machines) == 1 else None
 
     @property
@@ -153,7 +153,7 @@ def _notes(quick: bool, lines: list[Line]) -> list[str]:
         )
     of: dict[str, list[str]] = {}
     for line in lines:
-        for machine in sorted({_machine(summary) for summary in line.summaries.values()}):
+        for machine in sorted({m for s in line.summaries.values() for m in _machines(s)}):
             of.setdefault(machine, []).append(line.name)
     for machine, names in of.items():
         notes.append(f"Trained on {machine}" + (f": {', '.join(names)}." if len(of) > 1 else "."))
@@ -190,9 +190,23 @@ def _notes(quick: bool, lines: list[Line]) -> list[str]:
     return notes
 
 
-def _machine(summary: dict[str, Any]) -> str:
-    threads = f", {summary['threads']} threads" if summary["device"] == "cpu" else ""
-    return f"{summary['data']}, on {summary['device_name']}{threads}; torch {summary['torch']}"
+def _hardware(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What computed the run, in turn; a summary was of one machine at first."""
+    return summary.get("hardware", [summary])
+
+
+def _is_emulated(summary: dict[str, Any]) -> bool:
+    """Whether a part of the run, at the least, took several workers in turn."""
+    return any(kind["processes"] < summary["workers"] for kind in _hardware(summary))
+
+
+def _machines(summary: dict[str, Any]) -> set[str]:
+    """What the run was trained on, and with; several where it was resumed elsewhere."""
+    found = set()
+    for kind in _hardware(summary):
+        threads = f", {kind['threads']} threads" if kind["device"] == "cpu" else ""
+        found.add(f"{summary['data']}, on {kind['device_name']}{threads}; torch {kind['torch']}")
+    return found
 
 
 def _seeds(line: Line) -> str:
@@ -241,6 +255,9 @@ def write_files(table: Table, out: Path) -> None:
         )
         for seed in sorted(line.summaries.keys() | line.failures.keys()):
             summary = line.summaries.get(seed, {})
+            kinds = _hardware(summary) if summary else []
+            # A run of several machines in turn has none to name.
+            summary = (kinds[0] if len(kinds) == 1 else {}) | summary
             runs.append(
                 about
                 | {"seed": seed, "failure": line.failures.get(seed)}

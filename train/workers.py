@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,21 @@ class Workers:
             # NCCL waits until no CUDA graph holds its collectives; a run leaves them in cycles.
             gc.collect()
             dist.destroy_process_group()
+
+    @property
+    def device_name(self) -> str:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else "CPU"
+
+    def hardware(self) -> dict[str, Any]:
+        """What computes, and so what times are of."""
+        return {
+            "processes": self.world_size,
+            "device": self.device.type,
+            "device_name": self.device_name,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
 
     @property
     def leads(self) -> bool:

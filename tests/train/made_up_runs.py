@@ -8,6 +8,8 @@ from boost_config import BoostConfig
 from boost_records import REFINED
 from table_runs import Run
 
+HARDWARE = {"device": "cpu", "device_name": "CPU", "threads": 2, "torch": "2.15"}
+
 
 def make_up(run: Run, lock: IO[str] | None = None) -> None:
     """A minute where it is fused, else two and 12 seconds more for each seed; 90 % and the seed.
@@ -15,11 +17,12 @@ def make_up(run: Run, lock: IO[str] | None = None) -> None:
     A growth takes a third of its time, and has 80 % before the rest. There are three epochs.
     """
     seconds = 60.0 if run.config.fused else 120.0 + 12 * run.seed
+    hardware = {"processes": run.processes} | HARDWARE
     summary = {
         "training_seconds": seconds, "wall_seconds": seconds + 10, "epochs": run.config.epochs,
         "train_accuracy": 99.0, "dev_accuracy": 91.0, "test_accuracy": 90.0 + run.seed,
-        "processes": run.processes, "workers": run.processes * run.config.micro_batches,
-        "device": "cpu", "device_name": "CPU", "threads": 2, "torch": "2.15", "data": "photos",
+        "workers": run.processes * run.config.micro_batches, "data": "photos",
+        "hardware": [hardware],
         "train_images": run.config.train_size or 50_000,
         "config": run.config.as_dict(),
     }  # fmt: skip

@@ -45,7 +45,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     for record in records:
         assert record.keys() == {
             "epoch", "loss", "lr", "seconds", "images_per_second", "memory_bytes",
-            "train_accuracy", "dev_accuracy", "test_accuracy",
+            "train_accuracy", "dev_accuracy", "test_accuracy", "hardware",
         }  # fmt: skip
         assert record["images_per_second"] > 0 and record["memory_bytes"] > 1e6
     # A tenth after 40 % and again after 80 %, of a rate scaled from a batch of 128 to one of 16.
@@ -53,6 +53,8 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["test_accuracy"] == records[-1]["test_accuracy"]
     assert summary["config"]["depth"] == 8 and summary["epochs"] == 3
+    (kind,) = summary["hardware"]
+    assert kind == records[0]["hardware"] and (kind["processes"], kind["device"]) == (1, "cpu")
     config = json.loads((finished / "config.json").read_text())
     assert config["fused"] is True and config["dataset"] == "synthetic"
     with Image.open(finished / "curve.png") as curve:
@@ -122,6 +124,18 @@ def test_a_changed_number_of_epochs_is_honoured(
     assert "resume   after epoch 3 of 4" in said and "changed  lr: 0.1 -> 0.05" in said
     assert [record["epoch"] for record in lines(tmp_path / "metrics.jsonl")] == [4]
     assert lines(tmp_path / "metrics.jsonl")[0]["lr"] == pytest.approx(0.05 / 8 / 100)
+
+
+def test_a_resume_on_other_hardware_is_told(tmp_path: Path) -> None:
+    flags, threads = [*TINY, "--out", str(tmp_path)], torch.get_num_threads()
+    try:
+        for epochs, more in ((1, 0), (2, 1), (3, 1)):
+            torch.set_num_threads(threads + more)
+            assert main([*flags, "--epochs", str(epochs)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    kinds = json.loads((tmp_path / "summary.json").read_text())["hardware"]
+    assert [kind["threads"] for kind in kinds] == [threads, threads + 1]
 
 
 @pytest.mark.parametrize(

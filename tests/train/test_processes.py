@@ -133,7 +133,7 @@ def test_processes_train_what_one_would(
     alone = trainer_of(flags)
     alone.load_state_dict(state)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["processes"] == processes
+    assert [kind["processes"] for kind in summary["hardware"]] == [processes]
     assert {name: summary[name] for name in alone.accuracies()} == alone.accuracies()
 
 

@@ -72,7 +72,8 @@ def test_a_failing_row_is_reported_and_stops_no_other(
     assert done["state"] == "trained" and done["emulated"] == "True" and done["test_sd"] == ""
     assert 0 <= float(done["test_mean"]) <= 100 and float(done["minutes_mean"]) > 0
     summary = json.loads((out / "everything" / "seed-0" / "summary.json").read_text())
-    assert (summary["processes"], summary["workers"], summary["epochs"]) == (1, 4, 2)
+    assert (summary["workers"], summary["epochs"]) == (4, 2)
+    assert [kind["processes"] for kind in summary["hardware"]] == [1]
     assert summary["config"]["precision"] == "bf16" and summary["config"]["batch_size"] == 256
     assert "quick" in text and "bf16" in text and "†" in text
     assert "diverged" in (out / "diverging" / "seed-0" / "log.txt").read_text()
@@ -134,6 +135,26 @@ def test_times_of_two_machines_are_not_compared(tmp_path: Path, made_up: list[st
     assert not (tmp_path / "waterfall.svg").exists()
     text = (tmp_path / "table.md").read_text()
     assert "photos, on another" in text and ": fused." in text and "not compared" in text
+
+
+def test_a_run_that_was_resumed_elsewhere_has_no_speedup(
+    tmp_path: Path, made_up: list[str]
+) -> None:
+    """Begun by one process for its four workers, and ended by four: its time is of neither."""
+    assert main([*FLAGS, "--out", str(tmp_path)]) == 0
+    for name, kinds in (("four_workers", ((1, 2), (4, 2))), ("fused", ((1, 1), (1, 2)))):
+        path = tmp_path / name / "seed-0" / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["hardware"] = [
+            summary["hardware"][0] | {"processes": processes, "threads": threads}
+            for processes, threads in kinds
+        ]
+        path.write_text(json.dumps(summary))
+    assert main([*FLAGS, "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "table.csv")
+    assert rows["four_workers"]["emulated"] == "True" and rows["fused"]["speedup"] == ""
+    text = (tmp_path / "table.md").read_text()
+    assert "on CPU, 1 threads; torch 2.15: fused." in text and "not compared" in text
 
 
 def test_a_sweep_has_a_plot(tmp_path: Path, made_up: list[str]) -> None:
