@@ -51,7 +51,7 @@ def in_model_order(
     place = {p: i for i, p in enumerate(model.parameters())}
     number = [place[p] for group in optimizer.param_groups for p in group["params"]]
     return state | {
-        "state": {number[k] if isinstance(k, int) else k: v for k, v in state["state"].items()},
+        "state": {number[k]: v for k, v in state["state"].items()},
         "param_groups": [
             group | {"params": [number[k] for k in group["params"]]}
             for group in state["param_groups"]

@@ -15,9 +15,10 @@ _LEAST_VARIANCE = 1e-6
 _GROWTH = 100.0
 # The learning rate rises over so many windows.
 _SLOW_START = 10
-# For each parameter, in self.state; and for all of them together, under _ALL.
+# For each parameter, in self.state; and for all of them together, with the first one's, which is
+# where torch.optim.LBFGS has its own: what reads states knows parameters alone.
 _BUFFERS = ("momentum_buffer", "grad_average")
-_ALL = "statistics"
+_SHARED = ("steps", "window", "averages", "distance")
 
 
 def one_minus_root_momentum(p: Tensor) -> Tensor:
@@ -169,11 +170,23 @@ class YellowFin(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a YellowFin, into the buffers that there are."""
-        known = state_dict["state"].get(_ALL)
+        states = state_dict["state"]
+        # The first one's in the groups that there were then, in whatever order they stand now.
+        known = next((s for s in states.values() if s.keys() >= {*_SHARED}), None)
         if known is None:
             raise ValueError("load_state_dict: expected the state of a YellowFin, got another's")
         # First, so that a state that does not fit changes nothing.
         _check(state_dict["param_groups"])
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        # Where there are more of the one than of the other, PyTorch says it.
+        for i, p in zip(numbers, self._params, strict=False):
+            for name in _BUFFERS:
+                held = states.get(i, {}).get(name)
+                if held is not None and held.shape != p.shape:
+                    raise ValueError(
+                        f"load_state_dict: {name} of parameter {i} is {list(held.shape)}, and the "
+                        f"parameter {list(p.shape)}: make the optimizer for the same model"
+                    )
         held, now = known["window"].numel(), self._settings["curvature_window"]
         for window in (held, state_dict["param_groups"][0]["curvature_window"]):
             if window != now:
@@ -181,7 +194,11 @@ class YellowFin(torch.optim.Optimizer):
                     f"load_state_dict: what was measured is in a window of {now} gradients, got "
                     f"curvature_window = {window}: make the optimizer with that"
                 )
+        # PyTorch makes them fp32 on the way, as the parameter is, and they may be our own.
+        known = {name: known[name].clone() for name in _SHARED}
         super().load_state_dict(state_dict)
+        for name, t in self._all.items():
+            t.copy_(known[name])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Loaded, unpickled, or a deep copy.
@@ -194,38 +211,37 @@ class YellowFin(torch.optim.Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         # Settings that all groups share.
         self._settings = self.param_groups[0]
-        numel, device = sum(p.numel() for p in self._params), self._params[0].device
+        numel = sum(p.numel() for p in self._params)
+        device = self._params[0].device if self._params else torch.device("cpu")
         flat: dict[str, Tensor] = self.__dict__.get("_flat", {})
-        if not flat or flat["moves"].numel() != numel:
+        if not flat or flat["moves"].numel() != numel or flat["moves"].device != device:
             names = (*_BUFFERS, "moves")
             flat = {name: torch.zeros(numel, dtype=torch.float32, device=device) for name in names}
         self._flat = flat
         self._views = {name: _views(t, self._params) for name, t in flat.items()}
-        for name in _BUFFERS:
-            for p, view in zip(self._params, self._views[name], strict=True):
-                known = self.state[p].get(name)
-                view.zero_() if known is None else view.copy_(known)
-                self.state[p][name] = view
+        shared: dict[str, Tensor] = {}
+        for i, p in enumerate(self._params):
+            state = self.state[p]
+            for name in _BUFFERS:
+                view = self._views[name][i]
+                view.copy_(state[name]) if name in state else view.zero_()
+                state[name] = view
+            shared |= {name: state.pop(name) for name in _SHARED if name in state}
 
-        shapes = {
-            "steps": [],
-            "window": [self._settings["curvature_window"]],
-            # Of log h_min, log h_max, |g| and |g|^2.
-            "averages": [4],
-            "distance": [],
-        }
+        window = self._settings["curvature_window"]
         every: dict[str, Tensor] = self.__dict__.get("_all", {})
-        if not every or every["window"].numel() != shapes["window"][0]:
+        if not every or every["window"].numel() != window or every["window"].device != device:
+            # averages: of log h_min, log h_max, |g| and |g|^2.
+            shapes = {"steps": [], "window": [window], "averages": [4], "distance": []}
             every = {
-                name: torch.zeros(shape, dtype=torch.float64, device=device)
-                for name, shape in shapes.items()
+                name: torch.zeros(shapes[name], dtype=torch.float64, device=device)
+                for name in _SHARED
             }
-        self._all = every
-        state: Any = self.state  # a key that is no parameter: PyTorch saves and loads it as it is
         for name, t in every.items():
-            known = state[_ALL].get(name)
-            t.zero_() if known is None else t.copy_(known)
-        state[_ALL] = every
+            t.copy_(shared[name]) if name in shared else t.zero_()
+        self._all = every
+        if self._params:
+            self.state[self._params[0]].update(every)
 
     def _gradient(self) -> Tensor:
         """Every gradient in one flat tensor, zeros for a missing one."""
@@ -290,6 +306,8 @@ class YellowFin(torch.optim.Optimizer):
             views = self._views["moves"][number : number + len(params)]
             part = slice(begin, begin + sum(p.numel() for p in params))
             begin, number = part.stop, number + len(params)
+            if not params:
+                continue
             rate = alpha * (factor.reshape(()) if isinstance(factor, Tensor) else factor)
             v = self._flat["momentum_buffer"][part]
             fresh = v * momentum - grad[part] * (rate * clipped)

@@ -39,3 +39,24 @@ def squares(p: Any) -> Any:
         return loss
 
     return closure
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters and all state, copied."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    return [t.detach().clone() for t in (*params, *tensors)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bitwise: -0.0 is not 0.0."""
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(x.signbit(), y.signbit())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[Any], steps: range) -> None:
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()

@@ -1,7 +1,5 @@
-"""YellowFin as an optimizer: state, groups, layouts, loss scaling, skipped steps, errors."""
+"""YellowFin as an optimizer: groups, layouts, loss scaling, skipped steps, errors."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,36 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.gradient_lists import ReadsOnTheHost
-from optim.random_steps import SHAPES, parameters, set_grads, squares
+from optim.random_steps import SHAPES, everything, parameters, run, same, set_grads, squares
 from tolerances import EPS, EPSILONS
-from torch import Tensor, nn
+from torch import nn
 
 from fastres.amp import LossScaler
 from fastres.optim import YellowFin
 
 # LossScaler's own kernels are tested elsewhere.
 pytestmark = pytest.mark.usefixtures("native")
-
-
-def everything(optimizer: YellowFin) -> list[Tensor]:
-    """Parameters and all state, copied."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [t for state in optimizer.state.values() for t in state.values()]
-    return [t.detach().clone() for t in (*params, *tensors)]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Bitwise: -0.0 is not 0.0."""
-    return len(a) == len(b) and all(
-        torch.equal(x, y) and torch.equal(x.signbit(), y.signbit())
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def run(optimizer: YellowFin, params: list[Any], steps: range) -> None:
-    for step in steps:
-        set_grads(params, step)
-        optimizer.step()
 
 
 def test_groups_have_their_own_factors_and_decay(device: str) -> None:
@@ -195,62 +172,6 @@ def test_without_a_scaler_nan_shows(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(optimizer.curvature_range(), known, strict=True))
 
 
-def test_a_saved_state_goes_on_bitwise(device: str, tmp_path: Any) -> None:
-    params = parameters(device)
-    optimizer = YellowFin(params, lr=0.5, beta=0.9, curvature_window=3, weight_decay=0.1)
-    run(optimizer, params, range(5))
-    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    others: list[Any] = [nn.Parameter(p.detach().clone()) for p in params]
-    for dirty in (False, True):
-        resumed = YellowFin(others, beta=0.9, curvature_window=3)
-        if dirty:
-            run(resumed, others, range(7, 9))
-        with torch.no_grad():
-            for p, q in zip(others, params, strict=True):
-                p.copy_(q)
-        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert resumed.param_groups[0]["lr"] == 0.5
-        assert same(everything(resumed), everything(optimizer))
-    run(optimizer, params, range(5, 9))
-    run(resumed, others, range(5, 9))
-    assert same(everything(resumed), everything(optimizer))
-    # Its own state, which is what it is made of.
-    before = everything(resumed)
-    resumed.load_state_dict(resumed.state_dict())
-    assert same(everything(resumed), before)
-
-
-def test_loading_fills_the_buffers_in_place(device: str) -> None:
-    """A captured graph goes on with what was loaded."""
-    params = parameters(device)
-    optimizer = YellowFin(params)
-    run(optimizer, params, range(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    tensors = [t for state in optimizer.state.values() for t in state.values()]
-    run(optimizer, params, range(2, 4))
-    optimizer.load_state_dict(saved)
-    now = [t for state in optimizer.state.values() for t in state.values()]
-    wanted = [t for state in saved["state"].values() for t in state.values()]
-    assert {id(t) for t in optimizer.state["statistics"].values()} <= {id(t) for t in tensors}  # type: ignore[index]
-    assert {t.data_ptr() for t in now if t.numel()} == {t.data_ptr() for t in tensors if t.numel()}
-    assert all(any(torch.equal(t, w) for w in wanted) for t in now)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_go_their_own_way(device: str, duplicate: Callable[[Any], Any]) -> None:
-    params = parameters(device)
-    optimizer = YellowFin(params, curvature_window=3, clip=False)
-    run(optimizer, params, range(2))
-    twin = duplicate(optimizer)
-    twins = [p for group in twin.param_groups for p in group["params"]]
-    kept = everything(twin)
-    run(optimizer, params, range(2, 4))
-    assert same(everything(twin), kept)
-    run(twin, twins, range(2, 4))
-    assert same([p.detach() for p in twins], [p.detach() for p in params])
-    assert [float(t) for t in twin.tuned()] == [float(t) for t in optimizer.tuned()]
-
-
 def test_a_closure_and_autograd(device: str) -> None:
     p = nn.Parameter(torch.ones(3, device=device))
     optimizer = YellowFin([p])
@@ -310,6 +231,13 @@ def test_what_is_refused_changes_nothing(device: str) -> None:
     short = YellowFin(parameters(device), curvature_window=5).state_dict()
     with pytest.raises(ValueError, match="in a window of 20 gradients, got curvature_window = 5"):
         optimizer.load_state_dict(short)
+    others = YellowFin([p.detach().flatten() for p in parameters(device)]).state_dict()
+    with pytest.raises(
+        ValueError, match=r"of parameter \d is \[.*\], and the parameter \[.*same model"
+    ):
+        optimizer.load_state_dict(others)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(YellowFin(parameters(device)[:3]).state_dict())
     assert len(optimizer.param_groups) == 1 and same(everything(optimizer), before)
     run(optimizer, params, range(2, 3))
 
