@@ -86,7 +86,7 @@ def run(config: BoostConfig, workers: Workers) -> None:
     """
     started = time.perf_counter()
     set_precision_and_determinism(config)
-    training.check_shares(config, workers)
+    training.check_machine(config, workers)
     summary = grow(config, workers)
     if config.refine:
         # It finds the grown network in its folder, and loads its own data.

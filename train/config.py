@@ -154,6 +154,7 @@ class Config:
         need(0 <= self.drop_prob <= 1, "drop_prob", "0 to 1")
         ratio = self.meprop_ratio
         need(ratio is None or 0 < ratio <= 1, "meprop_ratio", "more than 0, at most 1")
+        need(ratio or self.meprop_mode == "unified", "meprop_mode", "--meprop-ratio beside it")
         warm, every = self.meprop_warmup_epochs, self.meprop_dense_every
         sparse = ratio is not None and ratio < 1
         need(warm == 0 or sparse, "meprop_warmup_epochs", "--meprop-ratio under 1 beside it")
@@ -180,15 +181,19 @@ class Config:
         need(not built or self.fused, "prebuild", "--fused beside it, whose kernels it builds")
         need(not (built and self.device == "cpu"), "prebuild", "a GPU, and no --device cpu")
         need(self.train_size is None or self.train_size >= 1, "train_size", "1 or more")
+        fine = self.train_size is None or self.batch_size <= self.train_size
+        need(fine, "batch_size", f"at most the {self.train_size} images of --train-size")
         need(self.image_size is None or self.image_size >= 8, "image_size", "8 or more")
         fraction = self.test_fraction
         need(fraction is None or 0 < fraction < 1, "test_fraction", "more than 0, under 1")
         folder, size = self.dataset == "folder", self.dataset != "cifar10"
         need(not folder or self.data_dir is not None, "data_dir", "the folder of class folders")
+        drawn = self.dataset == "synthetic"
+        need(not drawn or self.data_dir is None, "data_dir", "no --dataset synthetic, it has none")
         need(fraction is None or folder, "test_fraction", "--dataset folder beside it")
         need(self.image_size is None or size, "image_size", "--dataset folder or synthetic with it")
 
-    def need(self, fine: bool, name: str, wants: str) -> None:
+    def need(self, fine: object, name: str, wants: str) -> None:
         """Raise TrainError, in words of the flag of a setting, unless it is fine."""
         if not fine:
             flag = "--" + name.replace("_", "-")

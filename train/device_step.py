@@ -143,7 +143,7 @@ class GraphedStep(DeviceStep):
     """
 
     def __init__(self, trainer: "Trainer") -> None:
-        _check(trainer)
+        check_graphs(trainer.workers.device)
         super().__init__(trainer)
         self._seen: Counter[tuple[bool, ...]] = Counter()
         self._graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph] = {}
@@ -214,9 +214,12 @@ class GraphedCount:
         return graph, source, counted
 
 
-def _check(trainer: "Trainer") -> None:
-    """See that a graph can hold the trainer's step."""
-    device = trainer.workers.device
+def check_graphs(device: torch.device) -> None:
+    """See that there are CUDA graphs.
+
+    Raises:
+        TrainError: not on this device.
+    """
     if device.type != "cuda":
         raise TrainError(
             f"--cuda-graph: a CUDA graph needs a GPU, this run is on {device.type}; leave it out"

@@ -18,9 +18,10 @@ import checkpoint
 import records
 import torch
 from config import C, Config, parse
+from device_step import check_graphs
 from errors import LoneError, TrainError
 from networks import fused_ops
-from prebuild import prebuild
+from prebuild import check_builds, prebuild
 from profiling import WARMUP, Profile, load_nvtx
 from trainer import Trainer, set_precision_and_determinism
 from workers import Workers, end_process
@@ -135,12 +136,16 @@ def check_data(state: dict[str, Any], data: Splits) -> None:
         )
 
 
-def check_shares(config: Config, workers: Workers) -> None:
-    """See that a batch is shared evenly.
+def check_machine(config: Config, workers: Workers) -> None:
+    """See that a batch is shared evenly, and that there is a GPU for what needs one.
 
     Raises:
-        TrainError: it cannot be.
+        TrainError: it cannot be, or there is none.
     """
+    if config.cuda_graph:
+        check_graphs(workers.device)
+    if config.prebuild:
+        check_builds(workers.device)
     shares = workers.world_size * config.micro_batches
     if config.batch_size % shares:
         each = f" of {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
@@ -211,7 +216,7 @@ def train(config: Config, workers: Workers) -> None:
     """
     started = time.perf_counter()
     set_precision_and_determinism(config)
-    check_shares(config, workers)
+    check_machine(config, workers)
     nvtx = workers.together(lambda: load_nvtx("--profile")) if config.profile else None
     workers.together(lambda: records.make_out(config.out_dir) if workers.leads else None)
     state = workers.together(lambda: find_checkpoint(config))
@@ -222,6 +227,12 @@ def train(config: Config, workers: Workers) -> None:
     trainer = Trainer(config, workers, data)
     if state is not None:
         trainer.load_state_dict(state)
+    steps = (config.epochs - trainer.epoch) * trainer.steps_per_epoch
+    if config.profile and steps <= WARMUP:
+        raise TrainError(
+            f"--profile: records steps after the first {WARMUP}, and this run has {steps}; "
+            "raise --epochs or lower --batch-size"
+        )
     describe(config, workers, data, trainer, state)
     if config.prebuild and trainer.epoch < config.epochs:
         count, seconds = prebuild(trainer)
@@ -240,12 +251,6 @@ def train(config: Config, workers: Workers) -> None:
         trainer.steps_per_epoch, config.batch_size, config.epochs, done, workers.leads
     )
     if config.profile:
-        steps = (config.epochs - done) * trainer.steps_per_epoch
-        if steps <= WARMUP:
-            raise TrainError(
-                f"--profile: records steps after the first {WARMUP}, and this run has {steps}; "
-                "raise --epochs or lower --batch-size"
-            )
         say = progress.line if workers.leads else lambda line: None
         Profile(trainer, min(config.profile_steps, steps - WARMUP), out, nvtx, say)
 

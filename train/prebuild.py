@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from trainer import Trainer
 
 
+def check_builds(device: torch.device) -> None:
+    """See that there is a GPU to build for.
+
+    Raises:
+        TrainError: there is none.
+    """
+    if device.type != "cuda":
+        raise TrainError(
+            f"--prebuild: builds kernels for a GPU, this run is on {device.type}; leave it out"
+        )
+
+
 def prebuild(
     trainer: "Trainer", target: str | None = None, threads: int | None = None
 ) -> tuple[int, float]:
@@ -29,11 +41,8 @@ def prebuild(
     Raises:
         TrainError: the trainer is not on a GPU, and no target is given.
     """
-    device = trainer.workers.device
-    if target is None and device.type != "cuda":
-        raise TrainError(
-            f"--prebuild: builds kernels for a GPU, this run is on {device.type}; leave it out"
-        )
+    if target is None:
+        check_builds(trainer.workers.device)
     start = time.perf_counter()
     state = copy.deepcopy(trainer.state_dict())
     workers, steps = trainer.workers, trainer.device_step

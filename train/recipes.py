@@ -130,10 +130,12 @@ def boostresnet(run: Setting) -> Changes:
     """Fused, grown unit by unit by boosting, then trained end to end.
 
     A pass of every unit, with classifiers, edges and features, takes up to twice as long as one of
-    the whole network, which has the rest of the epochs that the other rows have.
+    the whole network, which has the rest of the epochs that the other rows have; of a short run
+    three, if these have so many.
     """
     passes = max(1, run.epochs // 8)
-    return fused(run) | {"unit_epochs": passes, "epochs": max(1, run.epochs - 2 * passes - 1)}
+    rest = max(run.epochs - 2 * passes - 1, min(3, run.epochs))
+    return fused(run) | {"unit_epochs": passes, "epochs": rest}
 
 
 TABLE: tuple[Row, ...] = (

@@ -123,6 +123,8 @@ def asked_for(config: TableConfig, recipes: list[Recipe]) -> list[Recipe]:
         TrainError: a name that is none of theirs.
     """
     names = [recipe.name for recipe in recipes]
+    if config.rows == ():
+        raise TrainError(f"--rows: expected some of {', '.join(names)}, got none")
     for name in config.rows or ():
         if name not in names:
             raise TrainError(f"--rows {name}: expected some of {', '.join(names)}")

@@ -179,7 +179,7 @@ def _notes(quick: bool, lines: list[Line]) -> list[str]:
     if any(line.recipe.reported for line in lines):
         notes.append("The report's figures are of depth 122, 200 epochs, on GTX 1080 Ti.")
     notes.append("Time is that of the training steps, without evaluation.")
-    if any(line.when for line in lines):
+    if any(line.when and line.summaries for line in lines):
         notes.append(
             "Of a growth by boosting it is that of its steps, of the edges over the training set "
             "and of the cached features; of the row beneath, the training end to end as well."

@@ -10,9 +10,14 @@ from typing import Any
 import checkpoint
 import pytest
 import torch
+from config import Config
+from errors import TrainError
 from main import main
 from PIL import Image
 from train.tiny_runs import on_native_path, same, weights_of
+from trainer import check_fits
+
+from fastres.data import split, synthetic
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -177,12 +182,17 @@ def fails(
         assert word in said[0]
 
 
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(TrainError, match="--batch-size 41: more than the 40 training images"):
+        check_fits(Config(batch_size=41), split(synthetic(40, 20, 8)))
+
+
 def test_bad_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
     fails([*TINY, *out, "--fusde"], capsys, "--fusde", "--fused", status=2)
-    fails([*TINY, *out, "--batch-size", "41"], capsys, "--batch-size 41", "40 training images")
+    fails([*TINY, *out, "--batch-size", "41"], capsys, "--batch-size 41", "40 images", status=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     fails([*TINY, *out, "--device", "cuda"], capsys, "--device cuda", "no GPU", status=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

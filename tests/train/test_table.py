@@ -67,7 +67,7 @@ def test_a_failing_row_is_reported_and_stops_no_other(
     held = json.loads((out / "boostresnet" / "seed-0" / "summary.json").read_text())
     assert float(grown["test_mean"]) == held["before_refinement"]["test_accuracy"]
     assert float(refined["test_mean"]) == held["test_accuracy"]
-    assert (held["units"], held["epochs"], held["config"]["unit_epochs"]) == (3, 1, 1)
+    assert (held["units"], held["epochs"], held["config"]["unit_epochs"]) == (3, 2, 1)
     done = rows["everything"]
     assert done["state"] == "trained" and done["emulated"] == "True" and done["test_sd"] == ""
     assert 0 <= float(done["test_mean"]) <= 100 and float(done["minutes_mean"]) > 0
@@ -219,7 +219,7 @@ def test_the_usual_table_and_the_quick_one() -> None:
         (["--seeds", "1", "1"], ["--seeds 1 1", "each once"]),
         (["--depth", "21"], ["row baseline", "--depth 21", "6n + 2"]),
         (["--sweep", "depth"], ["depth", "batch-size"]),
-        (["--train-size", "32"], ["row four_workers", "--batch-size 128", "32 training images"]),
+        (["--train-size", "32"], ["row four_workers", "--batch-size 128", "32 images"]),
         (["--dataset", "folder"], ["--data-dir"]),
         (["--image-size", "4"], ["--image-size 4"]),
         pytest.param(
