@@ -57,12 +57,13 @@ def _ratio(rows: list[Row]) -> str | None:
 
 
 def _cold(rows: list[Row]) -> str | None:
-    found = [row for row in rows if "median_ms" in row and _size(row) == (128, 20, 16)]
-    return ", ".join(
+    mine = [row for row in rows if _size(row) == (128, 20, 16)]
+    words = ", ".join(
         f"{row['provider']} {row['median_ms'] / 1000:.1f} s ({row['low_ms'] / 1000:.1f} to "
         f"{row['high_ms'] / 1000:.1f}, n = {row['n']})"
-        for row in found
-    ) or None  # fmt: skip
+        for row in mine if "median_ms" in row
+    )  # fmt: skip
+    return words + _absent(row for row in mine if "median_ms" not in row) if words else None
 
 
 def _built(rows: list[Row]) -> str | None:
@@ -86,7 +87,7 @@ def _dropped(rows: list[Row]) -> str | None:
     return "; ".join(words) or None
 
 
-def _meprop(**size: int) -> Callable[[list[Row]], str | None]:
+def _meprop(**size: Any) -> Callable[[list[Row]], str | None]:
     def figure(rows: list[Row]) -> str | None:
         found = []
         for ratio in (1 / 4, 1 / 16):
@@ -113,6 +114,7 @@ def accuracies(**wanted: Any) -> Callable[[list[Row]], str | None]:
 
     def figure(rows: list[Row]) -> str | None:
         words = []
+        counted = [r for r in rows if "failed" not in r and wanted.items() <= r.items()]
         for name in dict.fromkeys(row["provider"] for row in rows):
             all_ = [row for row in rows if row["provider"] == name]
             mine = [row for row in all_ if wanted.items() <= row.items() and "failed" not in row]
@@ -124,7 +126,12 @@ def accuracies(**wanted: Any) -> Callable[[list[Row]], str | None]:
                 words.append(f"{name} {tests} % in {minutes}{'†' * emulated} min{some}")
             elif any("failed" in row for row in all_):
                 words.append(f"{name} failed")
-        return "; ".join(words) or None
+        if not counted:
+            return "; ".join(words) or None
+        of = [*sorted({row["data"] for row in counted})]
+        of.append(f"n = {len({row['seed'] for row in counted})}")
+        of += sorted(f"half precision is {r}" for r in {r["precision"] for r in counted} - {"fp32"})
+        return f"{'; '.join(words)} ({', '.join(of)})"
 
     return figure
 
@@ -148,9 +155,14 @@ def _boost_steps(depth: int) -> Callable[[list[Row]], str | None]:
     return figure
 
 
+# Written just before, a file is read from the host's memory.
+_PLACES = {"disk": "disk, from the page cache"}
+
+
 def _features(rows: list[Row]) -> str | None:
     return "; ".join(
-        f"{row['place']}{', fetched ahead' * row['ahead']}: {row['gb_per_s']:.2f} GB/s, "
+        f"{_PLACES.get(row['place'], row['place'])}{', fetched ahead' * row['ahead']}: "
+        f"{row['gb_per_s']:.2f} GB/s, "
         f"{row['images_per_second']:,.0f} images/s ({_spread(row)})"
         for row in rows if row["provider"] == "cache" and "gb_per_s" in row
     ) or None  # fmt: skip
@@ -175,42 +187,55 @@ def _mean(values: list[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+_CASE = {"N", "C", "H", "dtype", "layout", "residual"}
+
+
 def _bandwidth(rows: list[Row]) -> str | None:
     """The largest case of each pass, beside the best peer at the same."""
-    words = []
+    words, cases = [], []
     for direction, case in largest(rows).items():
         ours = next((row for row in case if row["provider"] == "fastres"), None)
         peers = [row for row in case if row["provider"] != "fastres"]
         if ours is not None and peers:
             peer = min(peers, key=lambda r: r["median_ms"])
             size = "×".join(str(ours[axis]) for axis in ("N", "C", "H", "H"))
+            cases.append({key: ours[key] for key in ours.keys() & _CASE})
+            more = " with residual" if ours.get("residual") else ""
             faster = peer["median_ms"] / ours["median_ms"]
             words.append(
-                f"{direction} of {size} {ours['dtype']}: {ours['gb_per_s']:,.0f} GB/s, "
+                f"{direction} of {size} {ours['dtype']} {ours['layout']}{more}: "
+                f"{ours['gb_per_s']:,.0f} GB/s, "
                 f"{ours['share_of_copy']:.0%} of a copy's, {faster:.2f} × the best peer "
                 f"({peer['provider']}; {_spread(ours)})"
             )
-    return "; ".join(words) or None
+    return "; ".join(words) + _absent(_missing(rows, cases)) if words else None
+
+
+def _missing(rows: list[Row], cases: list[Row]) -> list[Row]:
+    """The rows without figures of these cases."""
+    unmeasured = [row for row in rows if "failed" in row or "not_measured" in row]
+    return [row for row in unmeasured if any(case.items() <= row.items() for case in cases)]
 
 
 def _units(rows: list[Row]) -> str | None:
     """Of each stage at batch 1024, forward and backward together, over the best peer."""
     words = []
-    for C in (16, 32, 64):
-        case = {"N": 1024, "C": C, "stride": 1, "dtype": "fp16", "timer": COLD}
-        times: dict[str, float] = {}
+    cases: list[Row] = [{"N": 1024, "C": C, "stride": 1, "dtype": "fp16"} for C in (16, 32, 64)]
+    for case in cases:
+        passes: dict[str, dict[str, float]] = {}
         for row in rows:
-            if "median_ms" in row and case.items() <= row.items():
-                name = row["provider"]
-                times[name] = times.get(name, 0.0) + row["median_ms"]
+            if "median_ms" in row and row["timer"] == COLD and case.items() <= row.items():
+                passes.setdefault(row["provider"], {})[row["pass"]] = row["median_ms"]
+        both = {"forward", "backward"}
+        times = {name: sum(ms.values()) for name, ms in passes.items() if ms.keys() == both}
         peers = {name: ms for name, ms in times.items() if name not in ("fastres", "layers")}
         if "fastres" in times and peers:
             peer = min(peers, key=lambda name: peers[name])
             words.append(
-                f"C = {C}: {peers[peer] / times['fastres']:.2f} × {peer} "
+                f"C = {case['C']}: {peers[peer] / times['fastres']:.2f} × {peer} "
                 f"({times['fastres']:.4g} ms)"
             )
-    return "; ".join(words) or None
+    return "; ".join(words) + _absent(_missing(rows, cases)) if words else None
 
 
 def _builds(rows: list[Row]) -> str | None:
@@ -240,7 +265,7 @@ def _scaling(rows: list[Row]) -> str | None:
     ) or None  # fmt: skip
 
 
-_LINEAR, _CONV = {"in": 4096, "out": 4096}, {"C": 256}
+_LINEAR, _CONV = {"in": 4096, "out": 4096}, {"C": 256, "layout": "NHWC"}
 HEADLINES = (
     Headline("whole step, depth 20, batch 128", "step", _step(128), "bench_step.py"),
     Headline("whole step, depth 20, batch 1024", "step", _step(1024), "bench_step.py"),
@@ -287,7 +312,7 @@ HEADLINES = (
         "meprop_linear", _meprop(**_LINEAR), "bench_meprop_linear.py",
     ),
     Headline(
-        "meProp unified, 3×3 conv of 256 channels, fp32: the same",
+        "meProp unified, 3×3 conv of 256 channels, NHWC, fp32: the same",
         "meprop_conv2d", _meprop(**_CONV), "bench_meprop_conv2d.py",
     ),
     Headline(

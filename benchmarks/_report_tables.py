@@ -12,6 +12,10 @@ UNMEASURED = "not measured yet"
 # The timer whose rows flatter what fits the cache: no headline and no plot is made of them.
 WARM = "CUDA graph, warm L2"
 COLD = "events, cold L2"
+_SPREAD = (
+    "A time is a median of n, and the two behind it are the 20th and the 80th percentile, of "
+    "three the least and the most. What stands behind ± is a standard deviation."
+)
 # What tells providers at one case apart.
 _FIGURES = {"provider", "median_ms", "low_ms", "high_ms", "n", "gb_per_s", "share_of_copy"}
 
@@ -80,7 +84,8 @@ def largest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     found = {}
     for direction in dict.fromkeys(row["pass"] for row in cold):
         mine = [row for row in cold if row["pass"] == direction]
-        most = max(mine, key=lambda row: row["gb_per_s"] * row["median_ms"])
+        # Layouts move the same bytes, give or take a product's last digit: the first one stands.
+        most = max(mine, key=lambda row: float(f"{row['gb_per_s'] * row['median_ms']:.9g}"))
         case = {key: most[key] for key in most.keys() - _FIGURES}
         found[direction] = [row for row in mine if case.items() <= row.items()]
     return found
@@ -115,12 +120,14 @@ def headlines(files: list[File], wanted: Iterable[Headline]) -> str:
                     continue
                 if figure is not None:
                     mark = notes.setdefault(f"{file.about}", f"[{len(notes) + 1}]")
-                    return f"{figure} {mark}"
+                    unfinished = ", unfinished" if file.content.get("finished") is False else ""
+                    return f"{figure}{unfinished} {mark}"
         return "needs none" if headline.anywhere and on_gpu else UNMEASURED
 
     lines = ["| what | on a GPU | on a CPU | command |", "|---|---|---|---|"]
     lines += [f"| {h.what} | {cell(h, True)} | {cell(h, False)} | `{h.command}` |" for h in wanted]
-    return "\n".join([*lines, "", *(f"{mark} {about}  " for about, mark in notes.items())])
+    told = [f"{mark} {about}  " for about, mark in notes.items()]
+    return "\n".join([*lines, "", *told, *([_SPREAD] if told else [])])
 
 
 def table(file: File) -> str:

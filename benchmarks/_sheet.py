@@ -22,7 +22,6 @@ class Sheet:
 
     Attributes:
         clock: the time that is left to measure in.
-        rows: what there is so far.
         autotunes: whether the peers of max-autotune are measured too.
     """
 
@@ -35,8 +34,8 @@ class Sheet:
     ) -> None:
         """path: the file that is written anew after every row, under head."""
         self.clock = clock or Clock()
-        self.rows: list[Row] = []
         self.autotunes = True
+        self._rows: list[Row] = []
         self._path, self._head, self._earlier = path, head or {}, list(earlier)
 
     @classmethod
@@ -55,9 +54,20 @@ class Sheet:
                 print(f"--go-on: {error}; all is measured again", file=sys.stderr)
         return cls(Clock(args.minutes), args.json, head, earlier)
 
+    @property
+    def rows(self) -> list[Row]:
+        """What there is so far; last what an earlier run has, and this one was not asked for."""
+        return [*self._rows, *self._earlier]
+
+    @property
+    def last(self) -> Row:
+        """The row that was added last."""
+        return self._rows[-1]
+
     def known(self, about: Row) -> bool:
         """Whether an earlier run has measured what `about` says; its rows are then taken."""
         found = self._found(about)
+        self._earlier = [row for row in self._earlier if row not in found]
         missing = ("out of time", LEFT_OUT) if self.autotunes else ("out of time",)
         if not found or any("failed" in row or row.get("not_measured") in missing for row in found):
             return False
@@ -79,6 +89,6 @@ class Sheet:
         return False
 
     def add(self, rows: Iterable[Row]) -> None:
-        self.rows += rows
+        self._rows += rows
         if self._path is not None:
             save(self._path, self._head | {"finished": False, "rows": self.rows})

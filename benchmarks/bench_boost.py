@@ -86,7 +86,7 @@ def bench_steps(device: torch.device, sizes: list[Row], seconds: float, sheet: S
         def add(kind: str, make: Callable[[], Trainer], wanted: dict[str, Row] = wanted) -> None:
             if kind in wanted and sheet.has(10, wanted[kind], f"{kind} of {wanted[kind]}"):
                 sheet.add([measured(wanted[kind], partial(_measure, make, seconds))])
-                _say(sheet.rows[-1])
+                _say(sheet.last)
 
         add(_ALL, partial(_whole, config, workers, data))
         growth = Growth(config, workers, data)
@@ -169,7 +169,7 @@ def bench_cache(
             if (ahead and not streams) or not sheet.has(10, row, f"features from {place}"):
                 continue
             sheet.add([measured(row, partial(_passes, cache, ahead, batch_size, seconds))])
-            _say(sheet.rows[-1])
+            _say(sheet.last)
 
 
 def _filled(

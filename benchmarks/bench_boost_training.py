@@ -134,7 +134,7 @@ def bench(comparison: Comparison, seeds: list[int], sheet: Sheet) -> dict[str, A
             row = {"provider": provider, "seed": seed, **about}
             if not sheet.known(row) and sheet.has(20, row, f"{provider}, seed {seed}"):
                 sheet.add([measured(row, partial(measure, comparison, seed))])
-                _say(sheet.rows[-1])
+                _say(sheet.last)
     return {"rows": sheet.rows}
 
 

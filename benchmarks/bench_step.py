@@ -74,8 +74,8 @@ def bench(
         want = wanted[words]
         measure = partial(_measure, device, data, sized, mode, size, seconds, roof, want)
         sheet.add([measured(about, measure)])
-        if "median_ms" in sheet.rows[-1]:
-            print(_text(sheet.rows[-1]), flush=True)
+        if "median_ms" in sheet.last:
+            print(_text(sheet.last), flush=True)
     rows = sheet.rows
     growth = exponents(rows)
     for line in growth:
@@ -225,8 +225,8 @@ def cold(
             continue
         limit = sheet.clock.left(600 * repeats) / repeats
         sheet.add([measured(about, partial(_cold_starts, device, size, name, repeats, limit))])
-        if "median_ms" in sheet.rows[-1]:
-            seconds = sheet.rows[-1]["median_ms"] / 1000
+        if "median_ms" in sheet.last:
+            seconds = sheet.last["median_ms"] / 1000
             print(f"{name:45} first step after {seconds:.1f} s (n = {repeats})", flush=True)
     return {"rows": sheet.rows}
 

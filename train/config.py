@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import tyro
 from errors import TrainError
 
 T = TypeVar("T")
@@ -240,6 +239,9 @@ def parse_as(kind: type[T], program: str, argv: Sequence[str], *, quiet: bool = 
         TrainError: a flag or value that does not fit, in one line.
         SystemExit: after --help.
     """
+    # The benchmarks make a Config without a command line, and need no tyro.
+    import tyro
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -127,8 +127,10 @@ def test_headlines_of_the_units_and_the_cache() -> None:
     assert found[1] == (
         "0.5 to 1.25 ms of 10 and 3 to 7 MB of 50 (10 ms, 9 to 11, n = 5)"
     )  # fmt: skip
-    assert str(found[3]).startswith("disk: 2.00 GB/s, 31,250 images/s (10 ms, 9 to 11, n = 5); ")
-    assert "disk, fetched ahead: 2.00 GB/s" in str(found[3])
+    assert str(found[3]).startswith(
+        "disk, from the page cache: 2.00 GB/s, 31,250 images/s (10 ms, 9 to 11, n = 5); "
+    )
+    assert "cache, fetched ahead: 2.00 GB/s" in str(found[3])
 
 
 @pytest.mark.gpu

@@ -42,7 +42,8 @@ def test_each_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "the loss of epoch 1 is nan" in rows[3]["failed"] and "test_accuracy" not in rows[3]
     said = accuracies(epochs=4, train_size=512)(rows)
     assert said == (
-        "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min (1 of 2 seeds)"
+        "baseline 90.5 ± 0.7 % in 2.10 ± 0.14 min; fused 90.0 % in 1.00 min (1 of 2 seeds) "
+        "(photos, n = 2)"
     )
     assert accuracies(epochs=200)(rows[:3]) is None
     # What is measured is kept; what failed is tried again.
@@ -97,7 +98,7 @@ def test_a_growth_is_a_row_before_its_training_end_to_end_and_one_after(
     assert refined["images_per_second"] == 250 and "images_per_second" not in grown
     assert accuracies(epochs=4, train_size=512)(list(rows.values())) == (
         "fused 90.0 % in 1.00 min; boostresnet (grown) 80.0 % in 0.33 min; "
-        "boostresnet 90.0 % in 1.00 min"
+        "boostresnet 90.0 % in 1.00 min (photos, n = 1)"
     )
     assert trained == ["fused", "boostresnet"]
     assert run(monkeypatch, *flags, "--json", str(path), "--go-on") == 0

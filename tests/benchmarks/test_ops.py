@@ -1,6 +1,7 @@
 """The ops' benchmarks at toy size: right providers are timed beside their peers, wrong ones not."""
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,18 @@ def test_what_has_failed_before_is_tried_again_at_the_end() -> None:
     earlier = [{"N": 1, "failed": "KeyError: 'key'"}, {"N": 2, "not_measured": "out of time"}]
     compare(CPU, [case(n) for n in (1, 2, 3)], 0.001, Sheet(earlier=earlier))
     assert tried == [2, 3, 1]
+
+
+def test_rows_that_were_not_asked_for_are_kept(tmp_path: Path) -> None:
+    """With --go-on and other cases than before; those that are measured anew are replaced."""
+    failed, kept, other = ({"N": 1, "failed": "x"}, {"N": 2, "ms": 1.0}, {"N": 3, "ms": 2.0})
+    path = tmp_path / "rows.json"
+    sheet = Sheet(path=path, earlier=[failed, kept, other])
+    assert not sheet.known({"N": 1}) and sheet.known({"N": 2})
+    assert json.loads(path.read_text())["rows"] == [kept, other]
+    sheet.add([{"N": 1, "ms": 3.0}])
+    assert sheet.last == {"N": 1, "ms": 3.0} and sheet.rows == [kept, sheet.last, other]
+    assert json.loads(path.read_text())["rows"] == sheet.rows
 
 
 def test_peers_that_are_autotuned_may_be_left_out_and_asked_for_later() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import report
+from _report_figures import _bandwidth, _units
 from _results import FORMAT, save
 from run_main import run_main
 
@@ -127,6 +128,50 @@ def test_a_peer_without_a_figure_is_named(results: Path) -> None:
     del late["images_per_second"], late["median_ms"]
     save(results / "step.json", step(rows=[timed("eager", 9.0), timed("fused", 3.0), late]))
     assert "; without compile (out of time) [1]" in run(results).stdout
+
+
+def test_a_cold_start_names_what_is_missing_and_a_file_that_is_not_finished(results: Path) -> None:
+    late = {"provider": "fused compile", "batch_size": 128, "depth": 20, "width": 16}
+    rows = [timed("fused", 4000.0), late | {"not_measured": "out of time"}]
+    save(results / "cold.json", step(benchmark="step_cold", rows=rows, finished=False))
+    said = run(results).stdout
+    assert (
+        "fused 4.0 s (3.6 to 4.4, n = 7); without fused compile (out of time), unfinished" in said
+    )
+
+
+def unit(provider: str, direction: str, ms: float, **case: Any) -> dict[str, Any]:
+    """A row of an op's benchmark."""
+    row = {"provider": provider, "pass": direction, "timer": "events, cold L2", "dtype": "fp16"}
+    times = {"median_ms": ms, "low_ms": ms, "high_ms": ms, "n": 3}
+    return row | times | {"N": 1024, "C": 16, "stride": 1} | case
+
+
+def test_a_unit_is_compared_where_both_directions_are_timed() -> None:
+    """Half of ours is not faster than the whole of a peer's."""
+    both = [
+        unit(name, direction, ms)
+        for name, ms in (("fastres", 1.0), ("compile", 2.0), ("eager", 9.0))
+        for direction in ("forward", "backward")
+    ]
+    assert _units(both) == "C = 16: 2.00 × compile (2 ms)"
+    assert _units(both[:1] + both[2:]) is None
+    late = {"provider": "compile max-autotune", "N": 1024, "C": 16, "stride": 1, "dtype": "fp16"}
+    late |= {"not_measured": "left out"}
+    found = _units([*both[:3], *both[4:], late])
+    assert found == "C = 16: 9.00 × eager (2 ms); without compile max-autotune (left out)"
+
+
+def test_the_largest_case_is_named_and_its_first_layout_stands() -> None:
+    """Both layouts move the same bytes; the product of rate and time has them in its last digit."""
+    rows = []
+    for layout, ours in (("NHWC", 1.0), ("NCHW", 3.0)):
+        for name, ms in (("fastres", ours), ("eager", 6.0)):
+            row = unit(name, "forward", ms, H=8, layout=layout, residual=True, share_of_copy=0.5)
+            rows.append(row | {"gb_per_s": 0.1 * (1 + 1e-15 * len(rows)) / ms})
+    found = _bandwidth(rows)
+    assert found is not None and "1024×16×8×8 fp16 NHWC with residual: " in found
+    assert "6.00 × the best peer (eager; " in found
 
 
 def test_what_is_not_there_is_said_in_words(tmp_path: Path) -> None:
