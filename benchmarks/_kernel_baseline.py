@@ -32,7 +32,6 @@ class Baseline:
     """Figures by name, for every build by its key, and the Triton that made them."""
 
     triton: str
-    date: str
     builds: dict[str, dict[str, int]]
 
 
@@ -64,7 +63,7 @@ def read(path: Path) -> Baseline:
             f"{', '.join(COLUMNS)}; make it again with {UPDATE}"
         )
     rows = {key: dict(zip(COLUMNS, values, strict=True)) for key, values in builds.items()}
-    return Baseline(content["triton"], content["date"], rows)
+    return Baseline(content["triton"], rows)
 
 
 def write(path: Path, builds: dict[str, dict[str, int]]) -> None:

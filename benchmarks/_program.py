@@ -28,7 +28,7 @@ def parser(
     if seconds is not None:
         made.add_argument("--seconds", type=float, default=seconds, help="of timing, a figure")
     made.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no measurement after these"
+        "--minutes", type=float, default=float("inf"), help="begin no other measurement after these"
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     kept = "keep what --json FILE has, and measure the rest"

@@ -107,9 +107,9 @@ def time_graph(fn: Callable[[], Any], seconds: float) -> Timing:
 def time_wall(fn: Callable[[], Any], seconds: float) -> Timing:
     """Time something whose host work counts too, a training step above all, by the wall clock.
 
-    Calls go in blocks, at whose end a GPU is waited for: of a millisecond or more on a CPU, so that
-    reading the clock costs nothing, of 50 on a GPU, which takes what the host sends ahead while it
-    still computes, as in a run. There are three blocks at the least, for a spread.
+    Calls go in blocks, at whose end a GPU is waited for: of a millisecond or more where there is
+    none, so that reading the clock costs nothing, else of 50, since it takes what the host sends
+    ahead while it still computes, as in a run. There are three blocks at the least, for a spread.
     """
     timer = timeit.Timer(fn, timer=waiting_clock)
     block = 0.05 if torch.cuda.is_available() else 1e-3

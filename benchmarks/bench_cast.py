@@ -2,8 +2,9 @@
 
     python benchmarks/bench_cast.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
-Bytes: every element read once and written once. --sweep stages takes the parameters of the networks
-of depth 20 and 122, and more than a cache holds; --sweep full every fourth power of two.
+Bytes: every element read once and written once. --sweep stages takes about as many as the networks
+of depth 20 and 122 have parameters, and more than a cache holds; --sweep full every other power of
+two.
 """
 
 import sys

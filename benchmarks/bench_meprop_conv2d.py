@@ -3,10 +3,10 @@
     python benchmarks/bench_meprop_conv2d.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
 Convolutions are 3x3, of C to C channels. Dense backwards, eager and compiled, and sparse ones take
-turns, so that a machine's moods meet them all; speedup is over the eager one. FLOPs are what
-PyTorch counts in the backward's products; GB/s are those of the selection alone, of reading dy once
-(for "row" also writing what is kept). --sweep full takes one base shape and changes C, the image's
-side and the batch size one at a time; past 512 channels the images shrink as well.
+turns, so that a machine's moods meet them all; speedup is over the fastest dense one. FLOPs are
+what PyTorch counts in the backward's products; GB/s are those of the selection alone, of reading dy
+once (for "row" also writing what is kept). --sweep full takes one base shape and changes C, the
+image's side and the batch size one at a time; past 512 channels the images shrink as well.
 """
 
 import sys

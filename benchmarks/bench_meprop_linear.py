@@ -3,9 +3,9 @@
     python benchmarks/bench_meprop_linear.py [--sweep full] [--device cpu] [--small] [--json FILE]
 
 Dense backwards, eager and compiled, and sparse ones take turns, so that a machine's moods meet them
-all; speedup is over the eager one. FLOPs are what PyTorch counts in the backward's products; GB/s
-are those of the selection alone, of reading dy once (for "row" also writing what is kept).
---sweep full takes one base shape and changes the features and the batch size one at a time.
+all; speedup is over the fastest dense one. FLOPs are what PyTorch counts in the backward's
+products; GB/s are those of the selection alone, of reading dy once (for "row" also writing what is
+kept). --sweep full takes one base shape and changes the features and the batch size one at a time.
 """
 
 import sys

@@ -274,9 +274,21 @@ def first_step(device: torch.device, provider: str, size: Row) -> None:
 
 def ratio(device: torch.device, pairs: int, size: Row) -> dict[str, Any]:
     """How many times faster the fused step is than eager channels_last, step by step in turn."""
-    data = split(synthetic(images(size["batch_size"], device), 20)).to(device)
     every = providers(device)
     names = [n for n in every if n.startswith(("eager", "fused")) and "channels_last" in n][:2]
+    about = {"provider": names[1], "peer": names[0], **size}
+    row = measured(about, partial(_in_turn, device, pairs, size, names))
+    if "median" in row:
+        print(
+            f"{names[1]} over {names[0]}, {_words(size)}: {row['median']:.3f} x (median of {pairs} "
+            f"interleaved steps; {row['lowest']:.3f} to {row['highest']:.3f})"
+        )
+    return {"rows": [row]}
+
+
+def _in_turn(device: torch.device, pairs: int, size: Row, names: list[str]) -> Row:
+    data = split(synthetic(images(size["batch_size"], device), 20)).to(device)
+    every = providers(device)
     model = {"depth": size["depth"], "width": size["width"]}
     steps = [
         make_step(device, data, every[n][0] | {"batch_size": size["batch_size"]}, None, **model)
@@ -295,15 +307,8 @@ def ratio(device: torch.device, pairs: int, size: Row) -> dict[str, Any]:
         # The order alternates, so that what slows the machine slows both sides.
         times = {j: seconds(steps[j]) for j in ((0, 1) if i % 2 else (1, 0))}
         ratios.append(times[0] / times[1])
-    result = {
-        "provider": names[1], "peer": names[0], **size, "n": pairs,
-        "median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
-    }  # fmt: skip
-    print(
-        f"{names[1]} over {names[0]}, {_words(size)}: {result['median']:.3f} x "
-        f"(median of {pairs} interleaved steps; {result['lowest']:.3f} to {result['highest']:.3f})"
-    )
-    return {"rows": [result]}
+    low, high = min(ratios), max(ratios)
+    return {"n": pairs, "median": statistics.median(ratios), "lowest": low, "highest": high}
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ second merges the partials in its prologue (P * BLOCK_C is bounded, so that this
 KB from L2) and streams the rows. No atomics: the order of every sum is fixed by the shape.
 
 Least bytes moved in training, with e bytes an element: forward 3e (x twice, y), backward 5e (dy and
-x twice, dx); a residual adds e each way and, for the ReLU's mask, one bit an element.
+x twice, dx); a residual adds e each way and, for the ReLU's mask, a bit forward and two backward.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""The end of a pre-activation network, its classifier and loss: one kernel a direction.
+"""The end of a pre-activation network, its classifier and loss: one kernel a direction, and the
+sum of the samples' losses.
 
     a = relu(norm(x)),   pooled = mean of a over a sample's pixels,
     logits = pooled @ weight^T + bias,   loss = mean over samples of cross_entropy(logits, target)

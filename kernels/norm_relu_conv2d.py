@@ -1,4 +1,4 @@
-"""BatchNorm, ReLU and a convolution, forward in two kernels and backward in three.
+"""BatchNorm, ReLU and a convolution, forward in two kernels and backward in two or three.
 
     y = residual + scale * conv(relu(norm(x)))
 

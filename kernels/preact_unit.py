@@ -1,5 +1,8 @@
 """The pre-activation residual unit, forward in two kernels, backward in three to five.
 
+Those are the counts where a tensor's channels are one block, up to 64 in half precision and 16 in
+fp32; of several blocks the partial moments and sums take a launch each, two a direction.
+
     h = conv1(relu(norm1(x))),   y = shortcut + scale * conv2(relu(norm2(h)))
 
 shortcut is x, or a 1x1 convolution of relu(norm1(x)), which conv1's kernel computes from the same

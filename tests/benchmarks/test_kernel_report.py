@@ -46,7 +46,7 @@ def test_what_is_worse(change: dict[str, int], words: str | None) -> None:
 
 
 def test_another_compiler_is_held_to_less() -> None:
-    baseline = Baseline("3.9.0", "", {key_of(ROW): BUILD})
+    baseline = Baseline("3.9.0", {key_of(ROW): BUILD})
     lost = ROW | {"registers": 255, "resident_warps": 8, "loads": 40}
     assert len(regressions(baseline, [lost], "3.9.0")) == 2
     assert regressions(baseline, [lost], "3.6.0") == []
@@ -62,7 +62,7 @@ def test_another_compiler_is_held_to_less() -> None:
 
 
 def test_what_does_not_build_is_unknown_or_gone() -> None:
-    baseline = Baseline("3.9.0", "", {key_of(ROW): BUILD})
+    baseline = Baseline("3.9.0", {key_of(ROW): BUILD})
     about = {name: value for name, value in ROW.items() if name not in BUILD}
     (line,) = regressions(baseline, [about | {"failed": "CompilationError: no"}], "3.9.0")
     assert line == f"{key_of(ROW)}: does not build: CompilationError: no"

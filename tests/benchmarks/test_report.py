@@ -164,7 +164,7 @@ def test_a_unit_is_compared_where_both_directions_are_timed() -> None:
 
 def test_the_largest_case_is_named_and_its_first_layout_stands() -> None:
     """Both layouts move the same bytes; the product of rate and time has them in its last digit."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layout, ours in (("NHWC", 1.0), ("NCHW", 3.0)):
         for name, ms in (("fastres", ours), ("eager", 6.0)):
             row = unit(name, "forward", ms, H=8, layout=layout, residual=True, share_of_copy=0.5)
