@@ -20,7 +20,6 @@ import torch
 from _comparison import LAYOUTS, Case, Op, Work, compare, compiled, dtypes, run_program, sweep_axes
 from _sheet import Sheet
 from torch import Tensor
-from torchvision.ops import stochastic_depth
 
 from fastres.ops.stochastic_depth_add import stochastic_depth_add, subset_size
 
@@ -50,6 +49,9 @@ def eager_where(branch: Tensor, shortcut: Tensor, p: float, mode: Mode) -> Tenso
 
 
 def torchvision_add(branch: Tensor, shortcut: Tensor, p: float, mode: Mode) -> Tensor:
+    # Where it is not installed, that costs this provider alone.
+    from torchvision.ops import stochastic_depth
+
     return shortcut + stochastic_depth(branch, p, mode)
 
 
