@@ -91,7 +91,7 @@ def figures(run: Run, when: str, epochs: int) -> Row:
     summary = run.summary()
     if summary is None:
         raise RuntimeError(failure)
-    if len(summary["hardware"]) > 1:
+    if len(summary.get("hardware", ())) > 1:
         raise RuntimeError(f"{run.out}: was resumed on other hardware, and its time is of neither")
     divided: Row = {}
     out = run.out
