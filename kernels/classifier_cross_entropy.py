@@ -19,14 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._conv import BLOCK_P, block_of
+from ._conv import BLOCK_P, as_nhwc, block_of
 from ._conv_gradient import lazy_norm
 from ._integers import cdiv, next_power_of_2
 from ._launch import launch
-from ._moments import Moments, stats_of
+from ._moments import stats_of
 from ._normalize import batch_stats, passes, rstd_of, scale_and_bias
 from .norm_relu_conv2d import batch_moments, empty_like_or_none, given_stats, or_empty, outputs
-from .preact_unit import moments_chunk
+from .preact_unit import given_moments
 
 NUM_WARPS = 8
 # Programs of a launch, and so partials of the sums. Not tuned yet.
@@ -287,11 +287,7 @@ def classifier_cross_entropy_fwd(
     stats = given_stats(running_mean, running_var)
     trains = stats is None
     if stats is None:
-        taken = (
-            batch_moments(x)
-            if partial is None
-            else Moments(partial, chunk or moments_chunk(x), N * H * W)
-        )
+        taken = batch_moments(x) if partial is None else given_moments(x, partial, chunk)
         stats = stats_of(taken, C <= MERGED)
     each, P = chunks(N)
     _, logits, _, _, *gradient = empty_outputs(x, weight, trains, with_gradient)
@@ -329,6 +325,8 @@ def classifier_cross_entropy_bwd(
     Args:
         dloss: fp32 scalar; dlogits, pooled, da, sums: what the forward left.
     """
+    # Hooks that kept it elsewhere hand x back in other strides.
+    x = as_nhwc(x)
     N, C, H, W = x.shape
     K = weight.shape[0]
     block_c = block_of(C, BLOCK_C)

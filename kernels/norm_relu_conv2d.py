@@ -112,6 +112,8 @@ def norm_relu_conv2d_bwd(
 
     dy: as the forward's y, any strides. The residual's gradient is dy itself.
     """
+    # Hooks that kept it elsewhere hand x back in other strides.
+    x = as_nhwc(x)
     N, C, H, W = x.shape
     rows, shared = group[1] * N * H * W, group_of(*group)
     norm = Norm(Stats(mean, var, rows=rows), norm_weight, norm_bias, eps, training)

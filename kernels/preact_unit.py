@@ -25,6 +25,7 @@ from ._conv_gradient import Input, Norm, Output
 from ._conv_group import group_of, norm_sums
 from ._conv_select import select
 from ._conv_wgrad import conv_wgrad
+from ._integers import cdiv
 from ._moments import Moments, Stats
 from .norm_relu_conv2d import (
     batch_moments,
@@ -41,6 +42,18 @@ Vector = torch.Tensor | None
 def moments_chunk(y: torch.Tensor) -> int:
     """Pixels of a chunk of the moments that a unit leaves of its output y."""
     return moments_pixels(y.shape, y.dtype).chunk
+
+
+def given_moments(x: torch.Tensor, partial: torch.Tensor, chunk: int) -> Moments:
+    """x's moments, of chunks of so many pixels; 0: as a unit leaves them."""
+    rows, chunk = x.numel() // x.shape[1], chunk or moments_chunk(x)
+    P = cdiv(rows, chunk)
+    if partial.shape[1] != P:
+        raise ValueError(
+            f"moments: expected {P} chunks of {chunk} pixels each, for x of {list(x.shape)}, got "
+            f"partial of {list(partial.shape)}: hand on what came with this x"
+        )
+    return Moments(partial, chunk, rows)
 
 
 def empty_outputs(
@@ -113,8 +126,7 @@ def preact_unit_fwd(
     elif partial is None or seen is not None:
         stats1 = batch_stats(batch_moments(x, seen), x, shared)
     else:
-        rows = x.numel() // x.shape[1]
-        stats1 = batch_stats(Moments(partial, chunk or moments_chunk(x), rows), x, shared)
+        stats1 = batch_stats(given_moments(x, partial, chunk), x, shared)
     first = stats1
     beside = shortcut_weight if index is None else None
     shortcut: torch.Tensor | None = x
@@ -173,7 +185,8 @@ def preact_unit_bwd(
             largest sum |g|; K is all.
         group: as in the forward.
     """
-    dy = as_nhwc(dy)
+    # What the forward saved comes back in other strides from hooks that kept it elsewhere.
+    dy, x, h = as_nhwc(dy), as_nhwc(x), as_nhwc(h)
     N, branch, S = x.shape[0], h.shape[0], x.shape[2] * x.shape[3]
     of_branch = index is not None and shortcut_weight is None
     rows1 = (branch if of_branch else N) * S

@@ -329,8 +329,9 @@ def test_a_state_goes_on_bitwise() -> None:
         whole.add(t)
     for t in o[:2]:
         halved.add(t)
-    resumed = Boosting(labels, 3)
-    resumed.load_state_dict(halved.state_dict())
+    resumed, state = Boosting(labels, 3), halved.state_dict()
+    halved.add(o[2])  # which changes no state that was taken before
+    resumed.load_state_dict(state)
     resumed.add(o[2])
     assert torch.equal(resumed.state, whole.state) and resumed.edges == whole.edges
     assert resumed.bound == whole.bound and resumed.alphas == whole.alphas

@@ -237,9 +237,9 @@ class Boosting:
         return verdict
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed growth needs."""
+        """Everything that a resumed growth needs, as it is now: of what changes in place a copy."""
         return {
-            "state": self.state,
+            "state": self.state.clone(),
             "contribution": self._contribution,
             "edges": list(self.edges),
             "alphas": list(self.alphas),

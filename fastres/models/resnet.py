@@ -108,6 +108,8 @@ class ResNet(nn.Module):
             weight is 0 at first, of "postact" bn2's. The other weights are as without it.
         keep_units: how many of the units to have, from the first one on; the classifier follows the
             last of them. None: all.
+        fused_units: run the stem, each pre-activation unit, and classifier and loss as one op each
+            on a GPU, where their shapes allow it; with fused and "preact". Not run on one yet.
     Raises:
         ValueError: depth is not 6n + 2, or another argument is none of the above.
 
@@ -187,7 +189,12 @@ class ResNet(nn.Module):
                     p = drop_prob * (len(units) + 1) / number if linear else drop_prob
                     drop = StochasticDepth(p, drop_mode)
                 shape = channels, out_channels, stride, way, conv, norm_relu, drop
-                units.append(PreActUnit(*shape, fused_units) if preact else PostActUnit(*shape))
+                if preact:
+                    unit = PreActUnit(*shape, fused_units)
+                    unit.clones = False
+                    units.append(unit)
+                else:
+                    units.append(PostActUnit(*shape))
                 channels = out_channels
         self.units = nn.Sequential(*units)
         self.bn = norm_relu(channels) if preact else None
@@ -228,7 +235,9 @@ class ResNet(nn.Module):
                 x, moments = unit(x, moments, True)
             else:
                 x = unit(x)
-        if target is not None and self.fused_loss and self.bn is not None:
+        # Another classifier may have been put in its place since.
+        fused_loss = self.fused_loss and serves_classifier(self.fc)
+        if target is not None and fused_loss and self.bn is not None:
             return classifier_cross_entropy(
                 x, Norm.of(self.bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
             )

@@ -62,6 +62,12 @@ def check_values(shape: list[int], training: bool, name: str = "x") -> None:
         )
 
 
+def check_eps(eps: float, training: bool) -> None:
+    """Raise ValueError, as F.batch_norm does, where a batch without variance divides by zero."""
+    if training and not eps > 0:
+        raise ValueError(f"eps: expected a positive number in training, got {eps}")
+
+
 def check_vectors(
     channels: int,
     dtype: torch.dtype,

@@ -1,12 +1,13 @@
 """What norm_relu_conv2d and preact_unit take: shapes served, and the checks of their inputs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastres.ops._batch_norm_check import check_batch_norm, check_values, check_vectors
+from fastres.ops._batch_norm_check import check_batch_norm, check_eps, check_values, check_vectors
 from fastres.ops._meprop import count_kept
 from fastres.ops._norm import Norm
 from fastres.ops.meprop_conv2d import MePropConv2d
@@ -38,6 +39,24 @@ def serves(conv: nn.Conv2d) -> bool:
     )
 
 
+def is_as_made(*modules: nn.Module | None) -> bool:
+    """Whether an op may still take the place of these: convolutions that it serves, BatchNorms.
+
+    One may have been replaced since, or hooked: pruning and weight_norm make a weight in a hook.
+    """
+    for module in modules:
+        if module is None:
+            continue
+        hooks = (
+            module._forward_pre_hooks or module._forward_hooks
+            or module._backward_pre_hooks or module._backward_hooks
+        )  # fmt: skip
+        fits = isinstance(module, nn.BatchNorm2d)
+        if hooks or not (serves(module) if isinstance(module, nn.Conv2d) else fits):
+            return False
+    return True
+
+
 def kept_channels(conv: nn.Conv2d) -> int:
     """How many output channels the backward of a convolution goes by: meProp's, or all."""
     if type(conv) is MePropConv2d and conv.training and not conv.dense:
@@ -57,6 +76,7 @@ def check_norm(x: Tensor, norm: Norm, name: str, shape: list[int] | None = None)
                 shape[1], x.dtype, x.device, norm.running_mean, norm.running_var, norm.weight,
                 norm.bias, norm.training,
             )  # fmt: skip
+        check_eps(norm.eps, norm.training)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if shape is not None:
@@ -66,6 +86,32 @@ def check_norm(x: Tensor, norm: Norm, name: str, shape: list[int] | None = None)
         raise ValueError(
             f"{name}: momentum: expected a float, got None: a cumulative average needs a batch "
             "counter, num_batches_tracked"
+        )
+
+
+class BatchMoments(NamedTuple):
+    """An activation's moments by chunks of its pixels, as the op that made it leaves them.
+
+    Args:
+        partial: fp32 [2, P, C], of each chunk the mean and the sum of squared deviations.
+        chunk: pixels of a chunk; 0: as preact_unit leaves them.
+    """
+
+    partial: Tensor
+    chunk: int = 0
+
+
+def check_moments(x: Tensor, moments: BatchMoments | None) -> None:
+    """Raise ValueError unless they may be x's; how many chunks there are, kernels check."""
+    if moments is None:
+        return
+    partial, C = moments.partial, x.shape[1]
+    sizes = list(partial.shape)
+    fits = partial.device == x.device and partial.dtype == torch.float32
+    if len(sizes) != 3 or sizes[::2] != [2, C] or not fits or moments.chunk < 0:
+        raise ValueError(
+            f"moments: expected partial [2, P, {C}], torch.float32 on {x.device}, and a chunk of 0 "
+            f"or more, got {sizes}, {partial.dtype} on {partial.device}, and {moments.chunk}"
         )
 
 

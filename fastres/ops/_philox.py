@@ -56,7 +56,8 @@ def philox(
 
 def is_plain(*values: Words) -> bool:
     """Whether tensors hold numbers to look at: nobody traces, compiles, fakes or counts."""
-    plain = all(type(v) is Tensor for v in values if not isinstance(v, int))
+    tensors = [v for v in values if not isinstance(v, int)]
+    plain = all(type(v) is Tensor and not v.is_meta for v in tensors)
     return plain and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 

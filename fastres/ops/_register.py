@@ -4,11 +4,12 @@ import functools
 import importlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # Triton reads the variable when a kernel is defined, so it is read once here too.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,6 +63,9 @@ def register_autograd(
     function: Any = type(f"{op._name}_autograd", (torch.autograd.Function,), members)
 
     def kernel(*args: Any) -> Any:
+        # PyTorch would let it pass, and call the tangent zero.
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op._name, args)
         if torch.is_grad_enabled() and any(
             arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)
         ):
@@ -70,6 +74,15 @@ def register_autograd(
 
     for key in ("AutogradCPU", "AutogradCUDA"):
         _LIBRARY.impl(op._name, kernel, key)
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"fastres::{name} has no forward-mode derivative: take reverse mode, or PyTorch's own "
+            "layers"
+        )
 
 
 def takes_kernels(x: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops._batch_norm_check import check_batch_norm
+from fastres.ops._batch_norm_check import check_batch_norm, check_eps
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import take_samples
 
@@ -252,6 +252,7 @@ def checked_batch_norm_relu(
     index: Tensor | None = None,
 ) -> Tensor:
     """batch_norm_relu for checked inputs, with the batch counter that a Module keeps."""
+    check_eps(eps, training)
     if not takes_kernels(x):
         x = x if index is None else take_samples(x, index)
         return _native(
@@ -319,8 +320,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     Where a pre-activation unit reads `relu(bn(x))`, or a post-activation one
     `relu(bn(x) + shortcut)`, this is the whole expression.
 
-    nn.SyncBatchNorm.convert_sync_batchnorm puts a BatchNorm without the ReLU in its place: take
-    PreActUnit's process_group, or PyTorch's own BatchNorm and ReLU, for synchronised statistics.
+    nn.SyncBatchNorm.convert_sync_batchnorm puts a BatchNorm without the ReLU in its place, and
+    torch.nn.utils.fuse_conv_bn_eval a convolution without it: take PreActUnit's process_group, or
+    PyTorch's own BatchNorm and ReLU, for these.
     """
 
     def forward(

@@ -45,7 +45,9 @@ def cast(source: Tensor, out: Tensor) -> Tensor:
     if takes_kernels(source):
         torch.ops.fastres.cast.default(source, out)
         return out
-    return out.copy_(source)
+    # As on a GPU: what is written is no part of a graph, whichever of the two is a parameter.
+    with torch.no_grad():
+        return out.copy_(source)
 
 
 def _check(source: Tensor, out: Tensor) -> None:

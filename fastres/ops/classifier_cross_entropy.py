@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
-from fastres.ops._norm_relu_conv2d_check import CHANNELS, check_norm
+from fastres.ops._norm_relu_conv2d_check import (
+    CHANNELS,
+    BatchMoments,
+    check_moments,
+    check_norm,
+)
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops.norm_relu_conv2d import as_nhwc, contiguous
-from fastres.ops.preact_unit import BatchMoments
 
 # Channels of x, and classes, that the kernels hold at a time.
 MOST_CHANNELS, MOST_CLASSES = 512, 128
@@ -227,8 +231,8 @@ def classifier_cross_entropy(
     )
     partial, chunk = (None, 0) if moments is None else moments
     loss, logits, mean, var, *_ = torch.ops.fastres.classifier_cross_entropy.default(
-        as_nhwc(x), partial, chunk, mean, var, *norm.affine, weight.contiguous(), contiguous(bias),
-        target.contiguous(), float(label_smoothing), norm.eps, with_gradient,
+        as_nhwc(x), contiguous(partial), chunk, mean, var, *norm.affine, weight.contiguous(),
+        contiguous(bias), target.contiguous(), float(label_smoothing), norm.eps, with_gradient,
     )  # fmt: skip
     update_stats(norm, mean, var, x.numel() // x.shape[1])
     return loss, logits
@@ -282,11 +286,4 @@ def _check(
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
-    if moments is not None:
-        partial = moments.partial
-        sizes = list(partial.shape)
-        if len(sizes) != 3 or sizes[::2] != [2, C] or partial.device != x.device:
-            raise ValueError(
-                f"moments: expected partial [2, P, {C}] on {x.device}, got {sizes} on "
-                f"{partial.device}"
-            )
+    check_moments(x, moments)

@@ -23,6 +23,7 @@ from fastres.ops._norm_relu_conv2d_check import (
     check_row_scale,
     check_stride,
     check_weight,
+    is_as_made,
     serves,
 )
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
@@ -259,7 +260,8 @@ class NormReLUConv2d(nn.Module):
     Raises:
         ValueError: another kernel size or stride.
 
-    Children `norm`, an nn.BatchNorm2d, and `conv`, an nn.Conv2d without bias.
+    Children `norm`, an nn.BatchNorm2d, and `conv`, an nn.Conv2d without bias; where they have been
+    replaced by others since, or have hooks, as under pruning, it runs them one after the other.
     """
 
     def __init__(
@@ -283,7 +285,7 @@ class NormReLUConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See norm_relu_conv2d; a shape that its kernels do not serve takes PyTorch's layers."""
-        if self.fused:
+        if self.fused and is_as_made(self.norm, self.conv):
             return norm_relu_conv2d(
                 x, Norm.of(self.norm), self.conv.weight, residual, self.conv.stride[0]
             )

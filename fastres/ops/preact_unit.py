@@ -8,7 +8,7 @@ Source: He et al. 2016, arXiv:1603.05027; stochastic depth: Huang et al. 2016, a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,23 +17,16 @@ from torch import Tensor
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_two_stats
-from fastres.ops._norm_relu_conv2d_check import check_group, check_unit
+from fastres.ops._norm_relu_conv2d_check import (
+    BatchMoments,
+    check_group,
+    check_moments,
+    check_unit,
+)
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
 from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc, contiguous
-
-
-class BatchMoments(NamedTuple):
-    """An activation's moments by chunks of its pixels, as the op that made it leaves them.
-
-    Args:
-        partial: fp32 [2, P, C], of each chunk the mean and the sum of squared deviations.
-        chunk: pixels of a chunk; 0: as preact_unit leaves them.
-    """
-
-    partial: Tensor
-    chunk: int = 0
 
 
 def preact_unit_reference(
@@ -331,6 +324,7 @@ def preact_unit(
         x, norm1, weight1, norm2, weight2, shortcut_weight, stride, row_scale, index, position,
         kept, takes,
     )  # fmt: skip
+    check_moments(x, moments)
     group = check_group(x, process_group, norm1.training or norm2.training, takes)
     if not takes or x.numel() == 0 or (index is not None and index.numel() == 0):
         y = preact_unit_reference(
@@ -344,7 +338,7 @@ def preact_unit(
     partial, chunk = (None, 0) if moments is None else moments
     weights = [None if w is None else as_dense(w) for w in (weight1, weight2, shortcut_weight)]
     y, y_partial, h, mean1, var1, mean2, var2 = torch.ops.fastres.preact_unit.default(
-        as_nhwc(x), partial, chunk, contiguous(index), contiguous(position),
+        as_nhwc(x), contiguous(partial), chunk, contiguous(index), contiguous(position),
         mean1, var1, *norm1.affine, weights[0],
         mean2, var2, *norm2.affine, weights[1], weights[2],
         contiguous(row_scale), scale, stride, norm1.eps, norm2.eps, with_moments, [*kept],

@@ -3,7 +3,7 @@
 Source: He et al. 2016, arXiv:1603.05027; stochastic depth: Huang et al. 2016, arXiv:1603.09382.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._norm import Norm
-from fastres.ops._norm_relu_conv2d_check import kept_channels, serves
+from fastres.ops._norm_relu_conv2d_check import (
+    BatchMoments,
+    is_as_made,
+    kept_channels,
+    serves,
+)
 from fastres.ops._register import takes_kernels
 from fastres.ops._samples import take_samples
 from fastres.ops.batch_norm_relu import BatchNormReLU2d
-from fastres.ops.preact_unit import BatchMoments, preact_unit
+from fastres.ops.preact_unit import preact_unit
 from fastres.ops.stochastic_depth_add import (
     draw_subset,
     key_of,
@@ -47,11 +52,17 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
 
 
+def _identity(shape: Sequence[int], **where: Any) -> Tensor:
+    """The weight of a 1x1 convolution that hands on what it is given, and zeros beyond it."""
+    return torch.eye(*shape[:2], **where)[:, :, None, None]
+
+
 class PreActUnit(nn.Module):
     """x + conv2(relu(bn2(conv1(a)))) with a = relu(bn1(x)), and shortcut(a) where shapes differ.
 
     On a GPU one op, fastres.ops.preact_unit, where `whole` and the convolutions' shapes allow it,
-    which `print` shows; else, and on a CPU, layer by layer. Either way the same state_dict.
+    which `print` shows; else, and on a CPU, layer by layer, as where a layer has been replaced or
+    has hooks. Either way the same state_dict; under autocast the one op's output has its dtype.
 
     Args:
         in_channels, out_channels: multiples of 16, for the one op.
@@ -100,6 +111,8 @@ class PreActUnit(nn.Module):
             and (shortcut is None or isinstance(shortcut, nn.Conv2d | PadShortcut))
         )
         self.process_group = process_group
+        # ResNet, which changes no unit's output in place, has no need of the copy.
+        self.clones = True
         if process_group is not None and not self.whole:
             raise ValueError(
                 "process_group: its statistics are the one op's, and this unit is made of layers"
@@ -112,8 +125,17 @@ class PreActUnit(nn.Module):
         # Shortcut A as the projection that it is: the identity on the channels that there were.
         self.identity: Tensor | None
         pads = self.whole and isinstance(shortcut, PadShortcut)
-        eye = torch.eye(out_channels, in_channels)[:, :, None, None] if pads else None
-        self.register_buffer("identity", eye, persistent=False)
+        shape = (out_channels, in_channels, 1, 1)
+        self.register_buffer("identity", _identity(shape) if pads else None, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # What moves a Module may leave its buffers unwritten, as to_empty does, and no state_dict
+        # has this one.
+        super()._apply(fn, recurse)
+        if self.identity is not None:
+            like = self.identity
+            self.identity = _identity(like.shape, dtype=like.dtype, device=like.device)
+        return self
 
     def forward(
         self, x: Tensor, moments: BatchMoments | None = None, with_moments: bool = False
@@ -124,11 +146,22 @@ class PreActUnit(nn.Module):
             moments: those of x, from the unit that made it; None: a kernel more takes them.
             with_moments: return y and its moments, for the next unit, or None where there are none.
         """
-        if self.whole and (takes_kernels(x) or self.process_group is not None):
+        if self._is_whole() and (takes_kernels(x) or self.process_group is not None):
             y, moments = self._fused(x, moments, with_moments and self.training)
         else:
             y, moments = self._by_layers(x), None
         return (y, moments) if with_moments else y
+
+    def _is_whole(self) -> bool:
+        """Whether the one op may take the layers' place, of which some may have been replaced."""
+        shortcut = None if isinstance(self.shortcut, PadShortcut) else self.shortcut
+        made = self.whole and is_as_made(self.bn1, self.conv1, self.bn2, self.conv2, shortcut)
+        if self.process_group is not None and not made:
+            raise ValueError(
+                "process_group: its statistics are the one op's, and layers of this unit have been "
+                "replaced by what that does not serve, or have hooks"
+            )
+        return made
 
     def _fused(
         self, x: Tensor, moments: BatchMoments | None, with_moments: bool
@@ -150,8 +183,9 @@ class PreActUnit(nn.Module):
                 options |= {"scale": 1.0 / (1.0 - drop.p)}
             else:
                 # 1 / (1 - p) where a sample keeps its branch, and else 0: one launch.
-                one = torch.ones((), device=x.device).expand(N, 1, 1, 1)
-                zero = torch.zeros((), device=x.device).expand(N, 1, 1, 1)
+                where: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+                one = torch.ones((), **where).expand(N, 1, 1, 1)
+                zero = torch.zeros((), **where).expand(N, 1, 1, 1)
                 scale = stochastic_depth_add(one, zero, drop.p, "row", True, drop.generator)
                 options |= {"row_scale": scale.view(N)}
         return preact_unit(
@@ -171,28 +205,34 @@ class PreActUnit(nn.Module):
     def _shortcut_weight(self) -> Tensor | None:
         if isinstance(self.shortcut, nn.Conv2d):
             return self.shortcut.weight
-        return None if self.identity is None else self.identity.to(self.conv1.weight.dtype)
+        if self.identity is None:
+            return None
+        weight = self.conv1.weight
+        if self.identity.device != weight.device:
+            # Made on the meta device, and given its parameters by load_state_dict(assign=True).
+            self.identity = _identity(self.identity.shape, device=weight.device)
+        return self.identity.to(weight.dtype)
 
     def _dropped(
         self, x: Tensor, moments: BatchMoments | None
     ) -> tuple[Tensor, BatchMoments | None]:
         """The shortcut, whose gradient is that of the whole; the branch's parameters get zeros."""
         if self.shortcut is None:
-            return skip(x, self._branch_parameters(), False), moments
+            return skip(x, self._branch_parameters(), self.clones), moments
         shortcut = self.shortcut(self.bn1(x))
-        return skip(shortcut, self._branch_parameters(), False), None
+        return skip(shortcut, self._branch_parameters(), self.clones), None
 
     def _by_layers(self, x: Tensor) -> Tensor:
         if self.shortcut is None:
             if self.drop is None:
                 return self._branch(x) + x
-            return self.drop(self._branch, x, x, self._branch_parameters)
+            return self.drop(self._branch, x, x, self._branch_parameters, self.clones)
         # The shortcut reads a too, so bn1 is no part of what may be dropped.
         a = self.bn1(x)
         shortcut = self.shortcut(a)
         if self.drop is None:
             return self._convs(a) + shortcut
-        return self.drop(self._convs, a, shortcut, self._branch_parameters)
+        return self.drop(self._convs, a, shortcut, self._branch_parameters, self.clones)
 
     def _branch(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         return self._convs(self.bn1(x, index=index))

@@ -38,7 +38,7 @@ class StepGenerator:
         self.seed, self.rank = seed, rank
         self._units: list[UnitGenerator] = []
         self._step = 0
-        self._keys = {torch.device("cpu"): torch.tensor([seed, 0, rank])}
+        self._keys = {torch.device("cpu"): torch.tensor([seed, 0, rank], device="cpu")}
 
     def set_step(self, step: int) -> None:
         """Every unit's next draw is that of this step, 0 <= step < 2**32; a launch a device.

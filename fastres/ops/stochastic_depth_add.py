@@ -154,7 +154,8 @@ def stochastic_depth_add(
             for PyTorch's own, or a StepGenerator's unit, whose draws are a function of seed, step,
             unit and rank.
     Returns:
-        [N, C, H, W] in shortcut's dtype and memory format; arithmetic in fp32.
+        [N, C, H, W] in shortcut's dtype and memory format. Arithmetic in fp32; on a CPU PyTorch's
+        own add, which rounds the factor to a half-precision dtype first.
     Raises:
         ValueError: shapes, dtypes or devices differ, p out of range, unknown mode, a generator of
             another p.

@@ -124,7 +124,7 @@ def _native(
     written, read = [*out, *in_place], [] if out else read
     # A half-precision gradient is measured before it is rounded in its place.
     halves = read + [grad for grad in in_place if grad.dtype != torch.float32]
-    norms = [v * inverse for v in _norms(halves)] if norm else []
+    norms = [v * inverse.reshape(()) for v in _norms(halves)] if norm else []
     found_inf = scale.new_zeros(())
     if read:
         # Times 1, a gradient stays what it is; only one whose elements share memory is copied.

@@ -112,7 +112,7 @@ def update_scale(
             growth_interval, min_scale,
         )  # fmt: skip
         return
-    found = found_inf.ne(0)
+    found = found_inf.ne(0).reshape(())
     skipped[1].add_(found)
     skipped[0].add_(1).mul_(found)
     torch._amp_update_scale_(

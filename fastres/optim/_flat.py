@@ -1,5 +1,6 @@
 """Parameters in one flat buffer, with momentum, fp32 masters or half copies beside it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,7 +171,6 @@ class FlatParameters:
 
 def checked(params: Sequence[Tensor]) -> None:
     """Raise ValueError unless FusedSGD can own all of these."""
-    seen = set()
     for p in params:
         if p.dtype not in DTYPES:
             raise ValueError(
@@ -179,9 +179,12 @@ def checked(params: Sequence[Tensor]) -> None:
             )
         if p.layout != torch.strided:
             raise ValueError(f"FusedSGD: expected dense parameters, got {p.layout}")
-        if p.numel() > 0 and (p.device, p.data_ptr()) in seen:
+    # One dense parameter's bytes end before the next one's begin.
+    dense = [p for p in params if p.numel() > 0 and is_dense(p) and p.device.type != "meta"]
+    dense.sort(key=lambda p: (str(p.device), p.data_ptr()))
+    for p, q in itertools.pairwise(dense):
+        if p.device == q.device and q.data_ptr() < p.data_ptr() + p.nbytes:
             raise ValueError(
-                f"FusedSGD: a parameter of shape {list(p.shape)} shares its memory with another, "
+                f"FusedSGD: a parameter of shape {list(q.shape)} shares its memory with another, "
                 "and would be parted from it: give one of them"
             )
-        seen.add((p.device, p.data_ptr()))

@@ -20,7 +20,8 @@ class FusedSGD(torch.optim.Optimizer):
     half-precision parameter becomes a view of a flat half-precision buffer, and the step is taken
     on its fp32 master: a model of pure fp16 trains as one under autocast does (keep BatchNorm in
     fp32). Make the optimizer when the model is on its device and in its dtype. What is written into
-    a parameter later (model.load_state_dict) counts; through p.data it goes unseen.
+    a parameter later (model.load_state_dict) counts; through p.data it goes unseen. torch.save
+    writes a view's whole buffer: save the model, or clones of a part of it.
 
     LossScaler and torch.amp.GradScaler hand it the loss scale and found_inf as tensors, and nothing
     waits for the device; a skipped step leaves parameters and momentum bitwise as they were. A
@@ -154,6 +155,11 @@ class FusedSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a FusedSGD or of a torch.optim.SGD, into the buffers that there are."""
         for group in state_dict["param_groups"]:
+            if not {"momentum", "dampening", "nesterov"} <= group.keys():
+                raise ValueError(
+                    "load_state_dict: expected the state of a FusedSGD or a torch.optim.SGD, got "
+                    f"another's, whose groups have {', '.join(sorted(group.keys() - {'params'}))}"
+                )
             _check_group(group)  # first, so that a state that does not fit changes nothing
         super().load_state_dict(state_dict)
         # The base class casts what it loads to the parameter's dtype: fp32 state of half-precision

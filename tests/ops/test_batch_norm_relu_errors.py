@@ -39,6 +39,8 @@ def _wrong() -> Iterator[tuple[dict[str, Any], str]]:
     for name in ("running_mean", "running_var"):
         yield {name: torch.ones(6)[::2]}, rf"{name}: expected contiguous, got stride \(2,\)"
     yield {"momentum": None}, "momentum: expected a float, got None"
+    for eps in (0.0, -1.0, float("nan")):
+        yield {"eps": eps}, f"eps: expected a positive number in training, got {eps}"
 
 
 @pytest.mark.parametrize(("change", "words"), list(_wrong()))

@@ -62,6 +62,16 @@ def test_rounds_to_nearest(path: str, device: str) -> None:
     assert str(out[-1].item()) == "-0.0"
 
 
+def test_a_parameter_is_cast_outside_of_any_graph(path: str, device: str) -> None:
+    master = torch.nn.Parameter(torch.ones(4, device=device))
+    for half in (
+        torch.zeros(4, dtype=torch.float16, device=device),
+        torch.nn.Parameter(torch.zeros(4, dtype=torch.float16, device=device)),
+    ):
+        cast(master, half)
+        assert half.grad_fn is None and half.tolist() == [1.0] * 4
+
+
 def test_blocks_of_their_true_size(device: str) -> None:
     for numel in (0, 1, 2048, 2049, 5000):
         check(torch.randn(numel, device=device), torch.float16)

@@ -108,9 +108,9 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         CASE,
     ),
     "given moments are not taken for what they are": (
-        _FILE,
-        "Moments(partial, chunk or moments_chunk(x), N * H * W)",
-        "Moments(partial, N * H * W, N * H * W)",
+        "preact_unit",
+        "return Moments(partial, chunk, rows)",
+        "return Moments(partial, rows, rows)",
         CASE,
     ),
     "the norm's sums forget what comes to the loss": (

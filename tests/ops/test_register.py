@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 from torch._library import utils
+from torch.autograd import forward_ad
 
 from fastres.kernels._integers import cdiv, next_power_of_2
-from fastres.ops import batch_norm_relu
+from fastres.ops import MePropLinear, batch_norm_relu
 from fastres.ops._register import register_autograd
 
 
@@ -24,6 +25,20 @@ def test_no_call_completes_its_arguments(monkeypatch: pytest.MonkeyPatch, device
     assert x.grad is not None and x.grad.shape == x.shape
     with torch.no_grad():
         assert not batch_norm_relu(x, None, None, training=True).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch.func.jvp uses
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_is_refused_in_words(frozen: bool, device: str) -> None:
+    """PyTorch would find no derivative, and take it for zero."""
+    linear = MePropLinear(8, 6, k=2).to(device).requires_grad_(not frozen)
+    x = torch.randn(3, 8, device=device)
+    with pytest.raises(NotImplementedError, match="meprop_linear has no forward-mode derivative"):
+        torch.func.jvp(linear, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        assert linear(x).shape == (3, 6)  # nothing to differentiate by
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            linear(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_arguments_with_defaults_are_refused() -> None:

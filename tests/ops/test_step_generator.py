@@ -8,7 +8,7 @@ import pytest
 import torch
 from ops.stochastic_depth_add_equality import Case, draw_of
 
-from fastres.ops import StepGenerator
+from fastres.ops import StepGenerator, StochasticDepthUnit, stochastic_depth_add
 
 
 def test_the_key_is_seed_step_and_rank(device: str) -> None:
@@ -86,6 +86,20 @@ def test_copies_keep_the_step_and_go_their_own_way(copied: Any) -> None:
         other.steps.set_step(step)
         seen.add(other.dropped)
     assert seen == {True, False}
+
+
+def test_draws_have_a_place_of_their_own() -> None:
+    """Whatever the default device; and on the meta device there is nothing to look at."""
+    with torch.device("meta"):
+        steps = StepGenerator(1)
+    steps.set_step(3)
+    x = torch.randn(4, 3, 2, 2)
+    want = stochastic_depth_add(x, x, 0.5, "row", True, steps.unit(0.5))
+    again = StepGenerator(1)
+    again.set_step(3)
+    assert torch.equal(want, stochastic_depth_add(x, x, 0.5, "row", True, again.unit(0.5)))
+    unit = StochasticDepthUnit(torch.nn.ReLU(), 0.5, "row").to("meta")
+    assert unit(x.to("meta")).shape == x.shape
 
 
 def test_wrong_numbers_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,14 @@ def test_nothing_to_unscale(path: str, device: str) -> None:
             assert unscale(grads, scale, write=write)[1] is None
 
 
+def test_a_scale_may_have_a_dimension(path: str, device: str) -> None:
+    for dtype in (torch.float32, torch.float16):
+        grads = [torch.full((3,), 2.0, dtype=dtype, device=device)]
+        for write in (False, True):
+            _, norm = unscale(grads, torch.full((1,), 4.0, device=device), write=write, norm=True)
+            assert norm is not None and float(norm) == pytest.approx(0.5 * 3**0.5)
+
+
 def test_a_small_half_gradient_survives_in_fp32(path: str, device: str) -> None:
     """What division by the scale in fp16 would flush to zero."""
     grad = torch.full((5,), 1e-3, dtype=torch.float16, device=device)

@@ -90,6 +90,16 @@ def test_the_host_never_waits(path: str, device: str) -> None:
         update_scale(scale, clean, skipped, found_inf)
 
 
+def test_found_inf_may_have_a_dimension(path: str, device: str) -> None:
+    for found in (0.0, 1.0):
+        kept = []
+        for found_inf in (torch.tensor(found), torch.tensor([found])):
+            scale, clean, skipped = make(8.0, 1, (0, 0), device)
+            update_scale(scale, clean, skipped, found_inf.to(device))
+            kept.append([float(scale), int(clean), *skipped.tolist()])
+        assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize(
     ("at", "wrong", "words"),
     [

@@ -295,6 +295,7 @@ def _wrong() -> list[tuple[dict[str, Any], str]]:
         ({"params": [torch.ones(2, dtype=torch.int32)]}, "expected parameters .*, got torch.int32"),
         ({"params": [torch.ones(2) + 0j]}, "expected parameters of one of .*, got torch.complex64"),
         ({"params": [base[:3], base[:2]]}, "shares its memory with another"),
+        ({"params": [base[2:], base[:3]]}, "shares its memory with another"),
         ({"params": []}, "empty parameter list"),
     ]
 
@@ -311,6 +312,9 @@ def test_a_state_that_is_refused_changes_nothing(device: str) -> None:
     other = torch.optim.SGD(parameters(device), lr=0.5, momentum=0.9, dampening=0.5)
     with pytest.raises(ValueError, match="dampening: FusedSGD has none, got 0.5"):
         optimizer.load_state_dict(other.state_dict())
+    adam = torch.optim.Adam(parameters(device))
+    with pytest.raises(ValueError, match="a FusedSGD or a torch.optim.SGD, got another's"):
+        optimizer.load_state_dict(adam.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["dampening"] == 0
 
 
