@@ -235,11 +235,12 @@ class ResNet(nn.Module):
                 x, moments = unit(x, moments, True)
             else:
                 x = unit(x)
-        # Another classifier may have been put in its place since.
-        fused_loss = self.fused_loss and serves_classifier(self.fc)
-        if target is not None and fused_loss and self.bn is not None:
+        bn = self.bn
+        # Others may have been put in their place since.
+        made = isinstance(bn, nn.BatchNorm2d) and serves_classifier(self.fc)
+        if target is not None and self.fused_loss and bn is not None and made:
             return classifier_cross_entropy(
-                x, Norm.of(self.bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
+                x, Norm.of(bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
             )
         if self.bn is not None:
             x = self.bn(x)

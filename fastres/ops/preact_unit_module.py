@@ -146,7 +146,7 @@ class PreActUnit(nn.Module):
             moments: those of x, from the unit that made it; None: a kernel more takes them.
             with_moments: return y and its moments, for the next unit, or None where there are none.
         """
-        if self._is_whole() and (takes_kernels(x) or self.process_group is not None):
+        if (takes_kernels(x) or self.process_group is not None) and self._is_whole():
             y, moments = self._fused(x, moments, with_moments and self.training)
         else:
             y, moments = self._by_layers(x), None

@@ -179,11 +179,12 @@ def checked(params: Sequence[Tensor]) -> None:
             )
         if p.layout != torch.strided:
             raise ValueError(f"FusedSGD: expected dense parameters, got {p.layout}")
-    # One dense parameter's bytes end before the next one's begin.
-    dense = [p for p in params if p.numel() > 0 and is_dense(p) and p.device.type != "meta"]
-    dense.sort(key=lambda p: (str(p.device), p.data_ptr()))
-    for p, q in itertools.pairwise(dense):
-        if p.device == q.device and q.data_ptr() < p.data_ptr() + p.nbytes:
+    placed = [p for p in params if p.numel() > 0 and p.device.type != "meta"]
+    placed.sort(key=lambda p: (str(p.device), p.data_ptr()))
+    for p, q in itertools.pairwise(placed):
+        # Of a parameter with gaps, in which others may lie, the first byte alone is known.
+        end = p.data_ptr() + (p.nbytes if is_dense(p) else 1)
+        if p.device == q.device and q.data_ptr() < end:
             raise ValueError(
                 f"FusedSGD: a parameter of shape {list(q.shape)} shares its memory with another, "
                 "and would be parted from it: give one of them"
