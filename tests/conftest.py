@@ -25,7 +25,7 @@ from fastres.ops import _register
 # Derandomised, so that a red run is red again. A deadline would fail whoever shares the machine.
 settings.register_profile(
     "default",
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     # Fixtures here (seed, NaN-filled memory, monkeypatched tiles) hold for every example alike.
