@@ -235,12 +235,11 @@ class ResNet(nn.Module):
                 x, moments = unit(x, moments, True)
             else:
                 x = unit(x)
-        bn = self.bn
         # Others may have been put in their place since.
-        made = isinstance(bn, nn.BatchNorm2d) and serves_classifier(self.fc)
-        if target is not None and self.fused_loss and bn is not None and made:
+        made = self.fused_loss and serves_classifier(self.fc)
+        if target is not None and made and isinstance(self.bn, nn.BatchNorm2d):
             return classifier_cross_entropy(
-                x, Norm.of(bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
+                x, Norm.of(self.bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
             )
         if self.bn is not None:
             x = self.bn(x)

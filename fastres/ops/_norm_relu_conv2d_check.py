@@ -1,7 +1,6 @@
 """What norm_relu_conv2d and preact_unit take: shapes served, and the checks of their inputs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,29 +88,17 @@ def check_norm(x: Tensor, norm: Norm, name: str, shape: list[int] | None = None)
         )
 
 
-class BatchMoments(NamedTuple):
-    """An activation's moments by chunks of its pixels, as the op that made it leaves them.
-
-    Args:
-        partial: fp32 [2, P, C], of each chunk the mean and the sum of squared deviations.
-        chunk: pixels of a chunk; 0: as preact_unit leaves them.
-    """
-
-    partial: Tensor
-    chunk: int = 0
-
-
-def check_moments(x: Tensor, moments: BatchMoments | None) -> None:
-    """Raise ValueError unless they may be x's; how many chunks there are, kernels check."""
+def check_moments(x: Tensor, moments: tuple[Tensor, int] | None) -> None:
+    """Raise ValueError unless BatchMoments may be x's; how many chunks there are, kernels check."""
     if moments is None:
         return
-    partial, C = moments.partial, x.shape[1]
+    (partial, chunk), C = moments, x.shape[1]
     sizes = list(partial.shape)
     fits = partial.device == x.device and partial.dtype == torch.float32
-    if len(sizes) != 3 or sizes[::2] != [2, C] or not fits or moments.chunk < 0:
+    if len(sizes) != 3 or sizes[::2] != [2, C] or not fits or chunk < 0:
         raise ValueError(
             f"moments: expected partial [2, P, {C}], torch.float32 on {x.device}, and a chunk of 0 "
-            f"or more, got {sizes}, {partial.dtype} on {partial.device}, and {moments.chunk}"
+            f"or more, got {sizes}, {partial.dtype} on {partial.device}, and {chunk}"
         )
 
 

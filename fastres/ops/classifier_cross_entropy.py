@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_stats
-from fastres.ops._norm_relu_conv2d_check import (
-    CHANNELS,
-    BatchMoments,
-    check_moments,
-    check_norm,
-)
+from fastres.ops._norm_relu_conv2d_check import CHANNELS, check_moments, check_norm
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops.norm_relu_conv2d import as_nhwc, contiguous
+from fastres.ops.preact_unit import BatchMoments
 
 # Channels of x, and classes, that the kernels hold at a time.
 MOST_CHANNELS, MOST_CLASSES = 512, 128

@@ -8,7 +8,7 @@ Source: He et al. 2016, arXiv:1603.05027; stochastic depth: Huang et al. 2016, a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,23 @@ from torch import Tensor
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
 from fastres.ops._norm import Norm, norm_relu, norm_relu_reference, update_two_stats
-from fastres.ops._norm_relu_conv2d_check import (
-    BatchMoments,
-    check_group,
-    check_moments,
-    check_unit,
-)
+from fastres.ops._norm_relu_conv2d_check import check_group, check_moments, check_unit
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops._samples import add_samples, take_samples
 from fastres.ops.meprop_conv2d import meprop_conv2d_reference
 from fastres.ops.norm_relu_conv2d import as_dense, as_nhwc, contiguous
+
+
+class BatchMoments(NamedTuple):
+    """An activation's moments by chunks of its pixels, as the op that made it leaves them.
+
+    Args:
+        partial: fp32 [2, P, C], of each chunk the mean and the sum of squared deviations.
+        chunk: pixels of a chunk; 0: as preact_unit leaves them.
+    """
+
+    partial: Tensor
+    chunk: int = 0
 
 
 def preact_unit_reference(

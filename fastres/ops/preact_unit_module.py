@@ -12,16 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._norm import Norm
-from fastres.ops._norm_relu_conv2d_check import (
-    BatchMoments,
-    is_as_made,
-    kept_channels,
-    serves,
-)
+from fastres.ops._norm_relu_conv2d_check import is_as_made, kept_channels, serves
 from fastres.ops._register import takes_kernels
 from fastres.ops._samples import take_samples
 from fastres.ops.batch_norm_relu import BatchNormReLU2d
-from fastres.ops.preact_unit import preact_unit
+from fastres.ops.preact_unit import BatchMoments, preact_unit
 from fastres.ops.stochastic_depth_add import (
     draw_subset,
     key_of,

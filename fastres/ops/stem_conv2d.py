@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops._autocast import autocast_dtype, without_autocast
-from fastres.ops._norm_relu_conv2d_check import BatchMoments
 from fastres.ops._register import kernels, register_autograd, register_op, takes_kernels
 from fastres.ops.norm_relu_conv2d import as_dense
+from fastres.ops.preact_unit import BatchMoments
 
 # Channels of an image: 9 of each make one side of a product, whose other side is a block of K.
 MOST_CHANNELS = 4
