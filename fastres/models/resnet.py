@@ -19,6 +19,7 @@ from fastres.ops import (
     StochasticDepth,
 )
 from fastres.ops._norm import Norm
+from fastres.ops._norm_relu_conv2d_check import has_hooks
 from fastres.ops._samples import take_samples
 from fastres.ops.classifier_cross_entropy import classifier_cross_entropy, serves_classifier
 from fastres.ops.preact_unit_module import Conv, PadShortcut, plain_conv
@@ -223,23 +224,24 @@ class ResNet(nn.Module):
 
         By fused_units these logits are fp32 and have no gradient: the loss comes of the same op.
         """
-        moments = None
-        if isinstance(self.stem, StemConv2d):
+        # Moments go with x from op to op. A hook is handed x alone: it may change it.
+        if isinstance(self.stem, StemConv2d) and not has_hooks(self.stem):
             x, moments = self.stem(x, True)
         else:
-            x = self.stem(x)
+            x, moments = self.stem(x), None
         if self.stem_bn is not None:
             x = self.stem_bn(x)
         for unit in self.units:
-            if isinstance(unit, PreActUnit):
+            if isinstance(unit, PreActUnit) and not has_hooks(unit):
                 x, moments = unit(x, moments, True)
             else:
-                x = unit(x)
+                x, moments = unit(x), None
         # Others may have been put in their place since.
-        made = self.fused_loss and serves_classifier(self.fc)
-        if target is not None and made and isinstance(self.bn, nn.BatchNorm2d):
+        bn = self.bn
+        made = self.fused_loss and serves_classifier(self.fc) and not has_hooks(self.fc)
+        if target is not None and made and isinstance(bn, nn.BatchNorm2d) and not has_hooks(bn):
             return classifier_cross_entropy(
-                x, Norm.of(self.bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
+                x, Norm.of(bn), self.fc.weight, self.fc.bias, target, label_smoothing, moments
             )
         if self.bn is not None:
             x = self.bn(x)

@@ -38,6 +38,14 @@ def serves(conv: nn.Conv2d) -> bool:
     )
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether anything is called around a module's forward or backward, and may change it."""
+    return any(
+        m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
+        for m in modules
+    )
+
+
 def is_as_made(*modules: nn.Module | None) -> bool:
     """Whether an op may still take the place of these: convolutions that it serves, BatchNorms.
 
@@ -46,12 +54,8 @@ def is_as_made(*modules: nn.Module | None) -> bool:
     for module in modules:
         if module is None:
             continue
-        hooks = (
-            module._forward_pre_hooks or module._forward_hooks
-            or module._backward_pre_hooks or module._backward_hooks
-        )  # fmt: skip
         fits = isinstance(module, nn.BatchNorm2d)
-        if hooks or not (serves(module) if isinstance(module, nn.Conv2d) else fits):
+        if has_hooks(module) or not (serves(module) if isinstance(module, nn.Conv2d) else fits):
             return False
     return True
 

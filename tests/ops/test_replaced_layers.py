@@ -93,6 +93,36 @@ def test_another_classifier_is_taken(device: str, path: str) -> None:
     torch.testing.assert_close(loss, F.cross_entropy(net(x), target))
 
 
+def _wrapped(net: ResNet) -> None:
+    net.units[1] = nn.Sequential(net.units[1], Fifth())
+
+
+class Fifth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 5
+
+
+def _fifth(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    return y / 5
+
+
+@pytest.mark.parametrize("name", ["wrapped", "stem", "units.0", "units.2", "bn", "fc"])
+def test_a_network_is_what_its_modules_are(name: str, device: str, path: str) -> None:
+    """Hooked or wrapped, by the moments of what came out, not of what went in."""
+    torch.manual_seed(1)
+    plain = ResNet(8, 16, fused=False).to(device)
+    fused = ResNet(8, 16, fused_units=True).to(device)
+    fused.load_state_dict(plain.state_dict())
+    x, target = torch.randn(4, 3, 8, 8, device=device), torch.tensor([0, 1, 2, 3], device=device)
+    for net in (plain, fused):
+        if name == "wrapped":
+            _wrapped(net)
+        else:
+            net.get_submodule(name).register_forward_hook(_fifth)
+    for a, b in zip(fused(x, target), plain(x, target), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # fp32 in other orders
+
+
 def test_a_shared_batch_needs_its_layers() -> None:
     unit = PreActUnit(16, 16)
     unit.process_group = object()  # type: ignore[assignment]  # which nobody asks
