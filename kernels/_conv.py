@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._integers import cdiv, next_power_of_2
 from ._launch import family
+from ._tiles import empty_images
 
 # Triton's interpreter multiplies bf16 wrongly (by 1e10, measured): fp32 there, of rounded values.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -198,7 +199,7 @@ def as_nhwc(t: torch.Tensor) -> torch.Tensor:
 
 def empty_nhwc(t: torch.Tensor, *shape: int) -> torch.Tensor:
     """Uninitialised, of t's dtype and device, NHWC."""
-    return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
+    return empty_images(shape, t.dtype, t.device, channels_last=True)
 
 
 def conv2d_shape(x: torch.Tensor, weight: torch.Tensor, stride: int, samples: int) -> list[int]:

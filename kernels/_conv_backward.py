@@ -99,6 +99,7 @@ def _norm_relu_conv2d_bwd_kernel(
     weight_ptrs += weight_stride_h
     weight2 = operand(tl.load(weight_ptrs, mask=weight_ok, other=0.0), dtype)
     zero = unknown_zero(eps, dtype)
+    scale = tl.cast(scale, tl.float32)
     dweight0 = tl.zeros([BLOCK_C, LANES], tl.float32)
     dweight1, dweight2 = dweight0, dweight0
     sum_dz = tl.zeros([BLOCK_C], tl.float32)

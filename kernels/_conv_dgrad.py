@@ -149,7 +149,7 @@ def _norm_relu_conv2d_dgrad_kernel(
                         k, k_ok, K, OH, OW, TRAINING, dtype,
                     )  # fmt: skip
         # The sum, since after a bare product an fp32 build for sm_90 spills 8 bytes.
-        acc = acc * scale + 0.0
+        acc = acc * tl.cast(scale, tl.float32) + 0.0
         if dshortcut_ptr is not None:
             if parity == 0:
                 base, at_samples = samples_at(dshortcut_ptr, None, first, n, ok, OH * OW * K)

@@ -129,7 +129,7 @@ def _norm_relu_conv2d_fwd_kernel(
         at = (m - pid * CHUNK)[:, None] * K + k[None, :]
         if shortcut_ptr is not None:
             tl.store(shortcut_ptr + base + at, projected.to(dtype), mask=mk_ok)
-        y = acc * scale
+        y = acc * tl.cast(scale, tl.float32)
         if row_scale_ptr is not None:
             y *= tl.load(row_scale_ptr + first + n, mask=ok, other=0.0)[:, None]
         if residual_ptr is not None:

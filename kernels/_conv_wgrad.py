@@ -141,7 +141,8 @@ def _norm_relu_conv2d_wgrad_kernel(
         tl.store(shortcut_slab_ptr + row + at, acc, mask=stored)
     else:
         at = (tap * weight_stride_w + c * weight_stride_c)[:, None] + k[None, :] * weight_stride_k
-        tl.store(slab_ptr + row + tap_row * weight_stride_h + at, acc * scale, mask=stored)
+        dweight = acc * tl.cast(scale, tl.float32)
+        tl.store(slab_ptr + row + tap_row * weight_stride_h + at, dweight, mask=stored)
 
 
 def blocks(weight: torch.Tensor) -> tuple[int, int, int, int]:

@@ -145,11 +145,12 @@ def _move_running(
     The variance becomes unbiased by count / (count - 1). One program does all channels.
     """
     correction = count / (count - 1)
-    factor = momentum
+    factor = tl.cast(momentum, tl.float32)
     if num_batches_tracked_ptr is not None:
         batches = tl.load(num_batches_tracked_ptr) + 1
         if CUMULATIVE:
             factor = 1.0 / batches.to(tl.float32)
+        tl.debug_barrier()  # each warp loads the counter, and one stores: none loads it afterwards
         tl.store(num_batches_tracked_ptr, batches)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
@@ -224,6 +225,7 @@ def _update_every_running_kernel(
             batches = tl.load(counter_ptr) + 1
             if factor < 0:
                 factor = 1.0 / batches.to(tl.float32)
+            tl.debug_barrier()  # as in _move_running
             tl.store(counter_ptr, batches)
         _move_running(
             running_mean_ptr, running_var_ptr, None, mean_ptr, var_ptr, C, factor, count, BLOCK_C,

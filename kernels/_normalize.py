@@ -15,7 +15,8 @@ def passes(z):
 @triton.jit
 def rstd_of(var, eps):
     """1 / sqrt(var + eps), each step correctly rounded: per channel, precision costs nothing."""
-    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    # A number from Python, as in every kernel here, is cast: before 2.15 Inductor types it fp64.
+    return tl.div_rn(1.0, tl.sqrt_rn(var + tl.cast(eps, tl.float32)))
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def unknown_zero(v, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         return 0.0
     else:
+        v = tl.cast(v, tl.float32)
         return v - v
 
 

@@ -6,6 +6,7 @@ A tile is [BLOCK_M, BLOCK_C] with M_AXIS = 0 where channels lie closest together
 [BLOCK_C, BLOCK_M] with M_AXIS = 1, so that neighbouring threads meet neighbouring elements.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,14 +141,24 @@ def channels_fastest(rows: Rows) -> bool:
     return 0 < rows.stride_c <= rows.stride_s
 
 
+def empty_images(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool
+) -> torch.Tensor:
+    """Uninitialised: NHWC in memory with channels_last, else NCHW."""
+    if not channels_last:
+        return torch.empty(shape, dtype=dtype, device=device)
+    _, C, H, W = shape
+    # By strides: of a memory format Inductor makes a kernel that fills the tensor.
+    return torch.empty_strided(shape, (H * W * C, 1, W * C, C), dtype=dtype, device=device)
+
+
 def empty_dense(t: torch.Tensor, rows: Rows, N: int | None = None) -> torch.Tensor:
     """An uninitialised dense tensor of t's shape, NHWC in memory where t is, else NCHW.
 
     N: samples, where they are not as many as t's.
     """
-    fmt = torch.channels_last if channels_fastest(rows) else torch.contiguous_format
     shape = t.shape if N is None else (N, *t.shape[1:])
-    return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=fmt)
+    return empty_images(shape, t.dtype, t.device, channels_fastest(rows))
 
 
 def bits_shape(t: torch.Tensor, rows: Rows) -> tuple[int, ...]:

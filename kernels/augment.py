@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ._integers import cdiv
 from ._launch import launch
+from ._tiles import empty_images
 
 __all__ = ["augment_fwd", "empty_output"]
 
@@ -96,12 +97,7 @@ def empty_output(
     images: torch.Tensor, index: torch.Tensor, dtype: torch.dtype, channels_last: bool
 ) -> torch.Tensor:
     """An uninitialised y [B, C, H, W] for augment_fwd."""
-    return torch.empty(
-        (index.shape[0], *images.shape[1:]),
-        dtype=dtype,
-        device=images.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    return empty_images((index.shape[0], *images.shape[1:]), dtype, images.device, channels_last)
 
 
 def augment_fwd(

@@ -65,6 +65,7 @@ def _classifier_cross_entropy_fwd_kernel(
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     GRADIENT: tl.constexpr = dlogits_ptr is not None
+    smooth = tl.cast(smoothing, tl.float32)
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     c_ok = c < C
@@ -120,11 +121,11 @@ def _classifier_cross_entropy_fwd_kernel(
         hit = k == target
         loss = -tl.sum(tl.where(hit, log_p, 0.0), 0)
         # Not weighed by 0: the others' may be infinite.
-        others = tl.where(k_ok & (smoothing > 0), log_p * (smoothing / K), 0.0)
-        loss = loss * (1.0 - smoothing) - tl.sum(others, 0)
+        others = tl.where(k_ok & (smoothing > 0), log_p * (smooth / K), 0.0)
+        loss = loss * (1.0 - smooth) - tl.sum(others, 0)
         total += loss * right / N
         if GRADIENT:
-            wanted = tl.where(hit, 1.0 - smoothing, 0.0) + smoothing / K
+            wanted = tl.where(hit, 1.0 - smooth, 0.0) + smooth / K
             dlogits = tl.where(k_ok, (e / sum_e - wanted) * right / N, 0.0)
             tl.store(dlogits_ptr + sample * K + k, dlogits, mask=k_ok)
             da = tl.zeros([BLOCK_C], tl.float32)

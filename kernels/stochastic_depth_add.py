@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ._integers import cdiv
 from ._launch import launch
-from ._tiles import Rows, as_rows, channels_fastest, empty_dense
+from ._tiles import Rows, as_rows, channels_fastest, empty_dense, empty_images
 
 __all__ = [
     "draw_subset",
@@ -81,7 +81,7 @@ def _stochastic_depth_add_fwd_kernel(
     if kept:
         offsets = element if FLAT else s * branch_stride_s + c * branch_stride_c
         branch = tl.load(branch_ptr + j * branch_stride_n + offsets, mask=ok, other=0.0)
-        y += scale * branch.to(tl.float32)
+        y += tl.cast(scale, tl.float32) * branch.to(tl.float32)
     y_ptr += n.to(tl.int64) * size
     tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=ok)
 
@@ -129,7 +129,7 @@ def _stochastic_depth_add_bwd_kernel(
         s, c = _split(element, C, S, CHANNELS_LAST)
         offsets = element if FLAT else s * dy_stride_s + c * dy_stride_c
         dy = tl.load(dy_ptr + n * dy_stride_n + offsets, mask=ok, other=0.0)
-        dbranch = scale * dy.to(tl.float32)
+        dbranch = tl.cast(scale, tl.float32) * dy.to(tl.float32)
     dbranch_ptr += j.to(tl.int64) * size
     tl.store(dbranch_ptr + element, dbranch.to(dbranch_ptr.dtype.element_ty), mask=ok)
 
@@ -220,9 +220,7 @@ def stochastic_depth_add_fwd(
 
 def empty_dbranch(dy: torch.Tensor, samples: int, channels_last: bool) -> torch.Tensor:
     """An uninitialised dbranch for stochastic_depth_add_bwd."""
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (samples, *dy.shape[1:])
-    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=fmt)
+    return empty_images((samples, *dy.shape[1:]), dy.dtype, dy.device, channels_last)
 
 
 def stochastic_depth_add_bwd(

@@ -293,5 +293,6 @@ def _interrupt(number: int, frame: object) -> None:
 if __name__ == "__main__":
     # Asked to end, or left by its terminal, it ends the run that is training, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, _interrupt)
     sys.exit(main(sys.argv[1:]))

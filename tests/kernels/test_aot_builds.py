@@ -53,6 +53,42 @@ for target in sys.argv[1:]:
 """
 
 
+# Before 2.15 Inductor types a number from Python fp64, where eager and later ones type it fp32.
+FP64_NUMBERS = """
+import sys
+sys.path.insert(0, "benchmarks")
+import _kernel_variants as variants
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource, make_backend
+from fastres.kernels import _aot
+
+backend = make_backend(_aot.TARGETS["sm_90"])
+context = ir.context()
+ir.load_dialects(context)
+backend.load_dialects(context)
+for task in variants.tasks(list(variants.OPS), ["fp16"], ["sm_90"], small=True):
+    what = _aot.specialized(variants.launch_of(task), "sm_90")
+    numbers = [name for name, kind in what.source.signature.items() if kind == "fp32"]
+    if not numbers:
+        continue
+    signature = what.source.signature | dict.fromkeys(numbers, "fp64")
+    source = ASTSource(what.source.fn, signature, what.source.constants, what.source.attrs)
+    options = backend.parse_options(what.options)
+    made = source.make_ir(
+        _aot.TARGETS["sm_90"], options, backend.get_codegen_implementation(options),
+        backend.get_module_map(), context,
+    )
+    computed = [
+        line.strip() for line in str(made).splitlines()
+        if "f64" in line and "arith." in line
+        and not any(ok in line for ok in ("arith.truncf", "arith.cmpf", "arith.constant"))
+    ]
+    # Inductor never launches this one: its op is opaque.
+    if task.kernel != "_sgd_step_fwd_kernel":
+        print(task.kernel, computed)
+"""
+
+
 def _without_interpreter(*command: str) -> str:
     """Run Python in a process whose kernels are compiled, not interpreted."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -159,3 +195,15 @@ def test_an_interpreted_kernel_is_refused_in_words() -> None:
     ]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 and cannot be compiled"):
         _aot.build(launches[0], "sm_90")
+
+
+def test_a_number_from_python_may_come_as_fp64() -> None:
+    """No kernel computes in fp64 then, nor fails to build."""
+    said = _without_interpreter("-c", FP64_NUMBERS).splitlines()
+    assert {line.split()[0] for line in said} >= {
+        "_batch_norm_relu_fwd_kernel",
+        "_classifier_cross_entropy_fwd_kernel",
+        "_stochastic_depth_add_fwd_kernel",
+        "_update_running_kernel",
+    }
+    assert not [line for line in said if not line.endswith(" []")]
