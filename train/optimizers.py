@@ -57,3 +57,23 @@ def in_model_order(
             for group in state["param_groups"]
         ],
     }
+
+
+def load_in_strides(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """optimizer.load_state_dict, with each tensor laid out in memory as its parameter is.
+
+    PyTorch keeps the strides of what it loads, and its fused steps pair the elements of a parameter
+    and its state by memory: after a change of memory format they would be each other's.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    loaded = dict(state["state"])
+    for p, i in zip(params, numbers, strict=True):
+        if i in loaded:
+            loaded[i] = {
+                name: torch.empty_like(p, dtype=value.dtype, device=value.device).copy_(value)
+                if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim() == 4
+                else value
+                for name, value in loaded[i].items()
+            }
+    optimizer.load_state_dict(state | {"state": loaded})

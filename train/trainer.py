@@ -17,7 +17,7 @@ from flat_gradients import FlatGradients
 from image_view import ImageView
 from micro_batches import MicroBatches
 from networks import build_model, defers_statistics, to_half
-from optimizers import build_optimizer, in_model_order
+from optimizers import build_optimizer, in_model_order, load_in_strides
 from records import Progress, Record
 from schedule import lr_factor, meprop_is_dense, to_fp32
 from torch import Tensor, nn
@@ -392,7 +392,7 @@ class Trainer(ImageView):
         self.model.load_state_dict(state["model"])
         self.micro_batches.adopt()
         groups = self._optimizer_state()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        load_in_strides(self.optimizer, state["optimizer"] | {"param_groups": groups})
         # Empty where the run before had no loss scaling.
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

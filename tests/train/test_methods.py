@@ -96,6 +96,29 @@ def test_another_optimizer_is_refused_on_resume(
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "yellowfin"])
+def test_state_follows_a_change_of_memory_format(optimizer: str, fused: str) -> None:
+    """Each element of a weight is stepped by its own momentum, however the two lay before."""
+    first = trainer_of([*TINY, fused, "--optimizer", optimizer])
+    first.network.train()
+    for step, index in enumerate(first.batches(0)):
+        first.train_step(index, step)
+    state = first.state_dict()
+    trainers = [
+        trainer_of([*TINY, fused, "--optimizer", optimizer, layout])
+        for layout in ("--channels-last", "--no-channels-last")
+    ]
+    for trainer in trainers:
+        trainer.load_state_dict(copy.deepcopy(state))
+        for n, p in enumerate(trainer.model.parameters()):
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(n))
+            p.grad = torch.empty_like(p).copy_(noise)
+        trainer.optimizer.step()
+    for p, q in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(p, q)  # assert_close's own tolerances: some FMAs, some not
+
+
 def test_the_schedules_of_stochastic_depth() -> None:
     for schedule, wanted in (("uniform", [0.6] * 6), ("linear", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])):
         flags = ["--depth", "14", "--drop-prob", "0.6", "--drop-schedule", schedule]
