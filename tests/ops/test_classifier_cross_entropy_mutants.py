@@ -59,13 +59,13 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
     ),
     "the wanted probabilities are not smoothed": (
         _FILE,
-        "wanted = tl.where(hit, 1.0 - smoothing, 0.0) + smoothing / K",
+        "wanted = tl.where(hit, 1.0 - smooth, 0.0) + smooth / K",
         "wanted = tl.where(hit, 1.0, 0.0)",
         CASE,
     ),
     "the loss is not smoothed": (
         _FILE,
-        "loss = loss * (1.0 - smoothing) - tl.sum(others, 0)",
+        "loss = loss * (1.0 - smooth) - tl.sum(others, 0)",
         "loss = loss",
         CASE,
     ),

@@ -124,8 +124,8 @@ MUTANTS: dict[str, tuple[str, str, str, Case]] = {
         "*out.tensors, out.dweight, out.dbias, None, out.order, weight,",
         CASE,
     ),
-    "the dgrad forgets scale": ("_conv_dgrad", "acc * scale + 0.0", "acc + 0.0", SCALED),
-    "the wgrad forgets scale": ("_conv_wgrad", "acc * scale", "acc", SCALED),
+    "the dgrad forgets scale": ("_conv_dgrad", "acc * tl.cast(scale, tl.float32)", "acc", SCALED),
+    "the wgrad forgets scale": ("_conv_wgrad", "acc * tl.cast(scale, tl.float32)", "acc", SCALED),
     "the wgrad forgets row_scale": (
         "_conv_wgrad",
         "*out.tensors, out.row_scale, out.order,",

@@ -26,8 +26,8 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
         "    scale = tl.where(kept, scale, 0.0)\n    if True:\n        s, c = _split",
         POISONED,
     ),
-    "a kept branch is not scaled": ("y += scale * branch", "y += branch", ROW),
-    "a kept dy is not scaled": ("dbranch = scale * dy", "dbranch = dy", ROW),
+    "a kept branch is not scaled": ("y += tl.cast(scale, tl.float32) * branch", "y += branch", ROW),
+    "a kept dy is not scaled": ("dbranch = tl.cast(scale, tl.float32) * dy", "dbranch = dy", ROW),
     "the survivors are the dropped": (
         "_draw(key_ptr, n if ROW else n * 0, unit, ROW) >= threshold",
         "_draw(key_ptr, n if ROW else n * 0, unit, ROW) < threshold",
